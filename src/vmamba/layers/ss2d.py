@@ -1,0 +1,98 @@
+"""SS2D as a module: projections, depthwise convolution, the 2-D selective scan, norm and gate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.ops import ss2d
+
+from .act import ACTIVATIONS
+from .conv import ConvNHWC
+from .init import init_ssm_
+from .norm import SSM_OUT_NORMS
+
+__all__ = ["SS2D"]
+
+ROUTE_COUNT = 4  # K
+
+
+class SS2D(nn.Module):
+    """2-D selective scan, (B, H, W, C) -> (B, H, W, C).
+
+        x = act(conv(in_proj(x)));  y = out_act(out_norm(scan(x)));  out = out_proj(y)
+
+    With `gate`, in_proj gives 2E channels: x and z, and y * act(z) goes to out_proj.
+
+    Source: VMamba (arXiv 2401.10166), section 4.2 and figure 3.
+
+    Args:
+        dim: C.
+        d_state: N.
+        dt_rank: R, or "auto" for ceil(C / 16).
+        ssm_ratio: E = int(ssm_ratio * C).
+        conv: kernel size of the depthwise convolution, odd; 0 for none.
+        conv_bias: whether it has a bias.
+        act: activation after it and of the gate, a key of `ACTIVATIONS`.
+        gate: whether there is a gate. gate_act: whether it is activated.
+        out_norm: a key of `SSM_OUT_NORMS`. out_act: whether GELU follows it.
+        routes: a key of `vmamba.ops.ROUTES`, or "cascade2d".
+        init: a key of `SSM_INITS`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        d_state: int = 1,
+        dt_rank: int | str = "auto",
+        ssm_ratio: float = 1.0,
+        conv: int = 3,
+        conv_bias: bool = False,
+        act: str = "silu",
+        gate: bool = False,
+        gate_act: bool = True,
+        out_norm: str = "layernorm",
+        out_act: bool = False,
+        routes: str = "cross2d",
+        init: str = "mamba",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        E, N, K = int(ssm_ratio * dim), d_state, ROUTE_COUNT
+        R = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
+        self.gate, self.routes, self.init = gate, routes, init
+        self.in_proj = nn.Linear(dim, 2 * E if gate else E, bias=False, **dd)
+        self.conv = ConvNHWC(E, E, conv, padding=conv // 2, groups=E, bias=conv_bias, **dd) if conv else nn.Identity()
+        self.act = ACTIVATIONS[act]()
+        self.gate_act = ACTIVATIONS[act]() if gate and gate_act else nn.Identity()
+        self.x_proj_weight = nn.Parameter(torch.empty(K, R + 2 * N, E, **dd))
+        self.dt_weight = nn.Parameter(torch.empty(K, E, R, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(K, E, **dd))
+        self.A_log = nn.Parameter(torch.empty(K * E, N, **dd))
+        self.D = nn.Parameter(torch.empty(K * E, **dd))
+        self.out_norm = SSM_OUT_NORMS[out_norm](E, **dd)
+        self.out_act = nn.GELU() if out_act else nn.Identity()
+        self.out_proj = nn.Linear(E, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the state space model's own parameters again; the projections are left to whoever owns the network."""
+        init_ssm_(self.x_proj_weight, self.dt_weight, self.dt_bias, self.A_log, self.D, self.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_proj(x)
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
+        x = self.act(self.conv(x))
+        # A stays in fp32 (or better) under half precision: exp of a rounded A_log would move every time constant
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        y = ss2d(x, self.x_proj_weight, self.dt_weight, self.dt_bias, A, self.D, routes=self.routes)
+        y = self.out_act(self.out_norm(y))
+        if self.gate:
+            y = y * self.gate_act(z)
+        return self.out_proj(y)

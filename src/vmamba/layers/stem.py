@@ -1,0 +1,52 @@
+"""The stem: image (B, in_chans, H, W) -> (B, H/4, W/4, C). Source: VMamba (arXiv 2401.10166), section 4.3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["STEMS", "ConvStem", "PatchStem"]
+
+
+def _as_nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    # Copying the image of a few channels once spares copying the far larger maps that come out of the convolution.
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+class PatchStem(nn.Module):
+    """v1: 4x4 patches, projected and normalised. (B, in_chans, H, W) -> (B, H // 4, W // 4, C), H and W >= 4.
+
+    The pixels beyond the last whole patch are left out, as in the official code.
+    """
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(_as_nhwc(self.conv(_channels_last(image))))
+
+
+class ConvStem(nn.Module):
+    """v2: two 3x3 convolutions of stride 2, each normalised. (B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), C)."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1, **dd)
+        self.norm1 = nn.LayerNorm(dim // 2, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.act(self.norm1(_as_nhwc(self.conv1(_channels_last(image)))))
+        return self.norm2(_as_nhwc(self.conv2(x.permute(0, 3, 1, 2))))
+
+
+STEMS: dict[str, type[nn.Module]] = {"v1": PatchStem, "v2": ConvStem}
