@@ -1,1 +1,24 @@
+"""Datasets, transforms and loaders."""
 
+from .constants import IMAGENET_MEAN, IMAGENET_STD
+from .folder import image_folder, read_image, stratified_split
+from .loading import evaluation_loader, training_loader
+from .sources import Splits, open_labelled, open_source
+from .transforms import Augmentation, Preprocessing, evaluation_transform, training_transform
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Augmentation",
+    "Preprocessing",
+    "Splits",
+    "evaluation_loader",
+    "evaluation_transform",
+    "image_folder",
+    "open_labelled",
+    "open_source",
+    "read_image",
+    "stratified_split",
+    "training_loader",
+    "training_transform",
+]

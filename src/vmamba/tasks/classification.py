@@ -1,0 +1,112 @@
+"""Image classification: soft-target cross-entropy, mixup and CutMix, top-k accuracy, confusion matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+
+
+def top_k_hits(logits: Tensor, labels: Tensor, k: int) -> int:
+    """How many rows of ``logits`` (B, classes) have their label (B,) among the ``k`` largest entries."""
+    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return int((best == labels[:, None]).any(dim=1).sum())
+
+
+def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Counts (true class, predicted class), (classes, classes) int64, from two (B,) integer tensors."""
+    return torch.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+class ClassificationScores:
+    """Loss (plain cross-entropy), top-1 and top-5 in percent, confusion matrix and every single prediction."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self._loss = 0.0
+        self._top5 = 0
+        self._labels: list[Tensor] = []
+        self._predicted: list[Tensor] = []
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """Add images (B, C, H, W) with labels (B,) int64."""
+        images, labels = batch
+        logits = model(images).float()
+        self._loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        self._top5 += top_k_hits(logits, labels, 5)
+        self._labels.append(labels.cpu())
+        self._predicted.append(logits.argmax(dim=1).cpu())
+
+    @property
+    def labels(self) -> Tensor:
+        """The true class of every image so far, (n,) int64, in the order they came."""
+        return torch.cat(self._labels)
+
+    @property
+    def predicted(self) -> Tensor:
+        """The predicted class of every image so far, (n,) int64."""
+        return torch.cat(self._predicted)
+
+    def confusion(self) -> Tensor:
+        """Counts (true class, predicted class), (classes, classes) int64."""
+        return confusion_matrix(self.labels, self.predicted, self.classes)
+
+    def compute(self) -> dict[str, float]:
+        """``{"loss", "top1", "top5"}``. ValueError when nothing was added."""
+        if not self._labels:
+            raise ValueError("no image was evaluated")
+        images = len(self.labels)
+        return {
+            "loss": self._loss / images,
+            "top1": 100 * int((self.labels == self.predicted).sum()) / images,
+            "top5": 100 * self._top5 / images,
+        }
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The task, for ``classes`` classes.
+
+    ``mixup`` and ``cutmix`` are the alphas of timm's batch-mode Mixup (0: off); with both on, every batch takes one
+    of the two at random. Training targets are smoothed by ``label_smoothing``.
+
+    Raises:
+        ValueError: fewer than two classes, or a value out of range.
+    """
+
+    classes: int
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    metric: str = field(default="top1", init=False)
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise ValueError(f"classification needs at least two classes, not {self.classes}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing}")
+        if min(self.mixup, self.cutmix) < 0:
+            raise ValueError(f"mixup and cutmix must not be negative: {self.mixup}, {self.cutmix}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training mixes images; batches must then be even."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy with the smoothed, possibly mixed targets; images (B, C, H, W), labels (B,) int64."""
+        images, labels = batch
+        if self.mixes:
+            mix = Mixup(self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.classes)
+            # in place: Mixup would write into a batch that a data loader may still hold in shared memory
+            images, targets = mix(images.clone(), labels)
+            return F.cross_entropy(model(images).float(), targets)
+        return F.cross_entropy(model(images).float(), labels, label_smoothing=self.label_smoothing)
+
+    def scores(self) -> ClassificationScores:
+        return ClassificationScores(self.classes)

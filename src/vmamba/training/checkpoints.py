@@ -1,0 +1,129 @@
+"""Checkpoints of our runs: weights-only safe files that say which model they hold and what it knows."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..data import Preprocessing
+
+# the entries of a checkpoint file: the weights to use, and what they belong to. The checkpoint of the last epoch
+# holds the state of optimiser and loops beside them.
+WEIGHTS, ABOUT = "model", "vmamba"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint says of its weights."""
+
+    model: str
+    model_kwargs: dict[str, Any]
+    classes: tuple[str, ...]
+    display_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    config: dict[str, Any]
+    epoch: int
+    metrics: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            **vars(self),
+            "classes": list(self.classes),
+            "display_names": list(self.display_names),
+            "preprocessing": self.preprocessing.as_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> About:
+        values = dict(values)
+        found = values.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(f"checkpoint format {found!r} is not {FORMAT}: written by another version of vmamba")
+        values["classes"] = tuple(values["classes"])
+        values["display_names"] = tuple(values["display_names"])
+        values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
+        return cls(**values)
+
+
+def make_model(name: str, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` with errors that say what to do.
+
+    Raises:
+        ValueError: no model of that name, or it does not take these arguments.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see `vmamba models` and timm.list_models()"
+        raise ValueError(f"there is no model {name!r}; {hint}")
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be made with {kwargs}: {error}") from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint file on the CPU; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged or no checkpoint of this package: {reason}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
+    return contents
+
+
+def checkpoint_file(run_or_file: str | Path) -> Path:
+    """The checkpoint meant by a run directory (its best one) or a file.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    path = Path(run_or_file)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such run or checkpoint: {path}")
+    for name in ("best.ckpt", "last.ckpt"):
+        if (path / "checkpoints" / name).is_file():
+            return path / "checkpoints" / name
+    raise FileNotFoundError(f"{path} is no run directory: it has no checkpoints/best.ckpt")
+
+
+def load_trained(run_or_file: str | Path) -> tuple[nn.Module, About]:
+    """The trained model of a run directory or checkpoint file, in evaluation mode on the CPU, and what it knows.
+
+    Raises:
+        FileNotFoundError: there is no such run or file.
+        ValueError: the file is damaged, holds bare weights, or does not fit the model it names.
+    """
+    path = checkpoint_file(run_or_file)
+    contents = read_checkpoint(path)
+    if ABOUT not in contents or WEIGHTS not in contents:
+        raise ValueError(
+            f"{path} does not say which model it holds (no run of this package wrote it): add --model NAME"
+        )
+    about = About.from_dict(contents[ABOUT])
+    model = make_model(about.model, **about.model_kwargs)
+    try:
+        model.load_state_dict(contents[WEIGHTS])
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit {about.model}: {error}") from error
+    return model.eval(), about

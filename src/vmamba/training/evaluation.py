@@ -1,0 +1,52 @@
+"""Using a trained model: scores on a data set, predictions for image files. Plain torch, no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import Preprocessing, evaluation_transform, read_image
+from ..tasks import Scores, Task
+
+
+def evaluate(model: nn.Module, task: Task, batches: Iterable[Any], device: str | torch.device = "cpu") -> Scores:
+    """The scores of ``model`` on all ``batches`` (tuples of tensors), in evaluation mode and fp32."""
+    model.eval().to(device)
+    scores = task.scores()
+    with torch.inference_mode():
+        for batch in batches:
+            scores.update(model, tuple(part.to(device, non_blocking=True) for part in batch))
+    return scores
+
+
+def predict(
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    images: Sequence[str | Path],
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+) -> list[list[tuple[int, float]]]:
+    """For every image file its ``top_k`` classes as (index, probability), the most probable first.
+
+    Raises:
+        FileNotFoundError, ValueError: an image is missing or unreadable.
+    """
+    transform = evaluation_transform(preprocessing)
+    model.eval().to(device)
+    ranked: list[list[tuple[int, float]]] = []
+    with torch.inference_mode():
+        for start in range(0, len(images), batch_size):
+            batch = torch.stack([transform(read_image(path)) for path in images[start : start + batch_size]])
+            probabilities = model(batch.to(device)).float().softmax(dim=1)
+            best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
+            ranked += [
+                list(zip(index, value, strict=True))
+                for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ]
+    return ranked

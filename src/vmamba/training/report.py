@@ -1,0 +1,80 @@
+"""Pictures of a finished run: the confusion matrix and a sheet of predictions, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .._extras import require
+from .._files import write_aside
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+# Okabe and Ito's blue and vermillion: told apart by every common kind of colour vision
+RIGHT, WRONG = "#0072B2", "#D55E00"
+
+
+def save_confusion_matrix(confusion: Tensor, names: Sequence[str], path: Path) -> None:
+    """Draw counts (true, predicted), shaded by the share of the true class; numbers up to 20 classes."""
+    count = len(names)
+    side = min(14.0, 3.0 + 0.45 * count)
+    figure = _new_figure(side + 1, side)
+    axes = figure.subplots()
+    share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    shading = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shading, ax=axes, label="share of the true class")
+    if count <= 60:
+        axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(range(count), names)
+    if count <= 20:
+        for row in range(count):
+            for column in range(count):
+                number = int(confusion[row, column])
+                if number:
+                    colour = "white" if share[row, column] > 0.5 else "black"
+                    axes.text(column, row, str(number), ha="center", va="center", color=colour)
+    correct = int(confusion.trace())
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(f"{correct} of {int(confusion.sum())} right ({100 * correct / int(confusion.sum()):.2f} %)")
+    _save(figure, path)
+
+
+def save_prediction_sheet(
+    images: Sequence[Image.Image], titles: Sequence[str], right: Sequence[bool | None], path: Path, heading: str
+) -> None:
+    """Draw ``images`` in rows of six, each under its title; ``right`` None is a prediction nobody checked.
+
+    Right ones have a thin blue frame, wrong ones a thick vermillion frame and a cross before the title.
+    """
+    columns = min(6, len(images))
+    rows = -(-len(images) // columns)
+    figure = _new_figure(2.0 * columns, 2.35 * rows + 0.5)
+    figure.suptitle(heading)
+    for axes in (grid := figure.subplots(rows, columns, squeeze=False).flat):
+        axes.set_axis_off()
+    for axes, image, title, verdict in zip(grid, images, titles, right, strict=False):
+        axes.set_axis_on()
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.imshow(image)
+        colour = "black" if verdict is None else RIGHT if verdict else WRONG
+        for spine in axes.spines.values():
+            spine.set_color(colour)
+            spine.set_linewidth(4 if verdict is False else 1.5)
+        axes.set_title(f"\N{MULTIPLICATION SIGN} {title}" if verdict is False else title, color=colour, fontsize=9)
+    _save(figure, path)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    # a bare Figure draws with Agg and leaves pyplot's global state alone
+    return require("matplotlib.figure", "train").Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
