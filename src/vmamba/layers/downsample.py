@@ -1,4 +1,7 @@
-"""Halving the grid between stages, (B, H, W, C) -> (B, ~H/2, ~W/2, C'). Source: VMamba (arXiv 2401.10166), section 4.3."""
+"""Halving the grid between stages, (B, H, W, C) -> (B, ~H/2, ~W/2, C').
+
+Source: VMamba (arXiv 2401.10166), section 4.3.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,19 @@
 """The network, its named variants (registered with timm), and its checkpoints."""
 
+from .checkpoint import convert, load_checkpoint, read_checkpoint, save_checkpoint
 from .config import VMambaConfig
+from .official import from_official
 from .variants import list_models
 from .vmamba import FeatureGetter, VMamba
 
-__all__ = ["FeatureGetter", "VMamba", "VMambaConfig", "list_models"]
+__all__ = [
+    "FeatureGetter",
+    "VMamba",
+    "VMambaConfig",
+    "convert",
+    "from_official",
+    "list_models",
+    "load_checkpoint",
+    "read_checkpoint",
+    "save_checkpoint",
+]

@@ -1,5 +1,264 @@
+"""Weights in and out of files: official `.pth`, ours, safetensors. All or nothing, and never half a file."""
+
 from __future__ import annotations
 
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-def checkpoint_filter_fn(state_dict, model):
-    raise NotImplementedError
+import safetensors
+import safetensors.torch
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from .keymap import is_official, is_ours, state_to_official, state_to_ours
+from .vmamba import FeatureGetter, resize_pos_embed
+
+__all__ = ["checkpoint_filter_fn", "convert", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
+
+# Where training scripts nest the weights. Released official files keep theirs under "model", EMA weights included.
+_NESTING = ("model", "state_dict")
+_LISTED = 8  # names shown of a long list
+
+
+class _Inert(dict):
+    """Stands in for the configuration object that official checkpoints pickle: read as plain data, never used."""
+
+
+def read_checkpoint(path: str | os.PathLike, *, key: str | None = None) -> dict[str, Tensor]:
+    """The weights of a file under our names, on the CPU.
+
+    Args:
+        path: `.safetensors`, or anything else for a file of `torch.save`; official or our names; flat or nested.
+        key: the entry that holds the weights; by default "model", then "state_dict", then the file itself.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is empty, truncated, no checkpoint, of another network, refused because reading it could run
+            code, or holds NaN or Inf. Names the file and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: fetch or save it again")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    state = _unwrap(content, path, key)
+    try:
+        state = _to_our_names(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path} holds NaN or Inf in {_listed(bad)}: take an earlier checkpoint of that run")
+    return state
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    key: str | None = None,
+    new_head: bool = False,
+    adapt_input: bool = False,
+    new_out_norms: bool = False,
+) -> None:
+    """Load a file's weights into a VMamba or a backbone made of one: all of them, or none and an error.
+
+    A position embedding for another image size is resized (bicubic).
+
+    Args:
+        model: a `VMamba` or `FeatureGetter`.
+        path, key: as in `read_checkpoint`.
+        new_head: where the classifier differs from the file's (another number of classes, none here, none there), keep
+            the model's own.
+        adapt_input: where the number of image channels differs from the file's 3, spread its first convolution over
+            the model's channels, as timm does.
+        new_out_norms: keep a backbone's own output norms where the file has none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_checkpoint`.
+        ValueError: if the file does not fit the model, listing names and shapes. The model is unchanged then.
+    """
+    loaded = read_checkpoint(path, key=key)
+    own = {_bare(model, name): tensor for name, tensor in model.state_dict().items()}
+    loaded = _fit_pos_embed(loaded, own)
+    if new_head:
+        loaded = _keep_own(loaded, own, "head.")
+    if new_out_norms:
+        loaded = _keep_own(loaded, own, "out_norms.")
+    if adapt_input:
+        loaded = _fit_input(loaded, own, path)
+    if problems := _mismatches(loaded, own):
+        raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(problems))
+    model.load_state_dict({name: loaded[_bare(model, name)] for name in model.state_dict()})
+
+
+def save_checkpoint(
+    model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike, *, official: bool = False
+) -> None:
+    """Write a model's weights (or a state dict in our names): `.safetensors`, else a file of `torch.save`.
+
+    The file appears under its name whole or not at all: what was there before stays until the new one is written.
+
+    Args:
+        official: write the official names, nested under "model" in a file of `torch.save`, as the official code reads.
+
+    Raises:
+        ValueError: for a name that has no official counterpart.
+        OSError: if it cannot be written, naming the file.
+    """
+    if isinstance(model, nn.Module):
+        state = {_bare(model, name): tensor for name, tensor in model.state_dict().items()}
+    else:
+        state = dict(model)
+    if official:
+        state = state_to_official(state)
+    # contiguous and apart: safetensors refuses views of one storage
+    state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    if Path(path).suffix == ".safetensors":
+        _write(path, lambda file: safetensors.torch.save_file(state, file, metadata={"format": "pt"}))
+    else:
+        _write(path, lambda file: torch.save({"model": state} if official else state, file))
+
+
+def convert(
+    source: str | os.PathLike, target: str | os.PathLike, *, official: bool = False, key: str | None = None
+) -> None:
+    """Rewrite a checkpoint: official `.pth` to our safetensors, say, or back with `official=True`. Exact both ways.
+
+    Args:
+        source, key: as in `read_checkpoint`. target, official: as in `save_checkpoint`.
+    """
+    save_checkpoint(read_checkpoint(source, key=key), target, official=official)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """For timm's own loading: unwraps, maps official names, resizes the position embedding. Strictness is timm's."""
+    state = _to_our_names(_unwrap(state_dict, "the checkpoint", None))
+    return _fit_pos_embed(state, {_bare(model, name): tensor for name, tensor in model.state_dict().items()})
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): fetch or save it again") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # by its name and without importing yacs: the class that official training scripts pickle their settings with
+        with torch.serialization.safe_globals([(_Inert, "yacs.config.CfgNode")]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes raise nearly anything
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} pickles {refused[1]}, and reading that could run code. If you trust the file, read it under "
+                f"`torch.serialization.safe_globals([...])` with that class, or save its weights alone where the class "
+                f"exists: torch.save(torch.load(path, weights_only=False)['model'], new_path)"
+            ) from error
+        raise ValueError(
+            f"{path} is truncated or no checkpoint of torch.save ({type(error).__name__}): fetch or save it again"
+        ) from error
+
+
+def _unwrap(content: Any, where: str | Path, key: str | None) -> dict[str, Tensor]:
+    """The flat state dict inside what a file held."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
+    if key is not None:
+        if not isinstance(content.get(key), Mapping):
+            raise ValueError(f"{where} has no state dict under {key!r}: its entries are {_listed(map(str, content))}")
+        content = content[key]
+    else:
+        content = next((content[nest] for nest in _NESTING if isinstance(content.get(nest), Mapping)), content)
+    names = list(content)
+    if not names or not all(isinstance(name, str) and isinstance(content[name], Tensor) for name in names):
+        raise ValueError(f"{where} holds no state dict of tensors: its entries are {_listed(map(str, names))}")
+    if all(name.startswith("module.") for name in names):  # saved from DistributedDataParallel
+        return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    return dict(content)
+
+
+def _to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if is_official(state):
+        return state_to_ours(state)
+    if is_ours(state):
+        return state
+    raise ValueError(f"these are no weights of a VMamba: {_listed(state)}")
+
+
+def _bare(model: nn.Module, name: str) -> str:
+    """A parameter's name in the network itself, without the backbone wrapper around it."""
+    return name.removeprefix("model.") if isinstance(model, FeatureGetter) else name
+
+
+def _fit_pos_embed(loaded: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    theirs, ours = loaded.get("pos_embed"), own.get("pos_embed")
+    if theirs is None or ours is None or theirs.ndim != 4 or theirs.shape[:2] != ours.shape[:2]:
+        return loaded
+    return loaded | {"pos_embed": resize_pos_embed(theirs, ours.shape[2:])}
+
+
+def _fit_input(loaded: dict[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+    for name in ("stem.conv.weight", "stem.conv1.weight"):
+        if name in loaded and name in own and loaded[name].shape[1] != own[name].shape[1]:
+            if loaded[name].shape[1] != 3:
+                raise ValueError(f"{path} is for {loaded[name].shape[1]} image channels: only 3 can be adapted")
+            return loaded | {name: adapt_input_conv(own[name].shape[1], loaded[name])}
+    return loaded
+
+
+def _keep_own(loaded: dict[str, Tensor], own: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The loaded state with the model's own tensors under `prefix` wherever the loaded ones do not fit."""
+    kept = {name: t for name, t in loaded.items() if not name.startswith(prefix) or name in own}
+    for name, tensor in own.items():
+        if name.startswith(prefix) and (name not in kept or kept[name].shape != tensor.shape):
+            kept[name] = tensor
+    return kept
+
+
+def _mismatches(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    missing = sorted(set(own) - set(loaded))
+    unexpected = sorted(set(loaded) - set(own))
+    reshaped = sorted(n for n in set(own) & set(loaded) if own[n].shape != loaded[n].shape)
+    problems = []
+    if missing:
+        problems.append(f"missing in the file: {_listed(missing)}")
+    if unexpected:
+        problems.append(f"unknown to the model: {_listed(unexpected)}")
+    if reshaped:
+        shapes = [f"{n} {tuple(loaded[n].shape)} in the file, {tuple(own[n].shape)} in the model" for n in reshaped]
+        problems.append(f"other shapes: {_listed(shapes)}")
+    concerned = [*missing, *unexpected, *reshaped]
+    if any(name.startswith("head.") for name in concerned):
+        problems.append("to keep the model's own classifier, pass new_head=True")
+    if any(name.startswith("out_norms.") for name in missing):
+        problems.append("to keep the backbone's own output norms, pass new_out_norms=True")
+    if any(name in ("stem.conv.weight", "stem.conv1.weight") for name in reshaped):
+        problems.append("for another number of image channels, pass adapt_input=True")
+    return problems
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _write(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+    """Call `write` with a name beside `path`, then give that file its name."""
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            aside = os.path.join(folder, path.name)
+            write(aside)
+            os.replace(aside, path)
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        # torch and safetensors report a full disk each in its own way
+        raise OSError(f"cannot write {path} (what was there before is untouched): {error}") from error

@@ -38,7 +38,8 @@ class VMambaConfig:
         ssm_conv: kernel of the depthwise convolution before the scan, odd, 0 for none. ssm_conv_bias: its bias.
         ssm_act: activation before the scan and of the gate: silu, gelu, relu, sigmoid.
         ssm_gate: multiply the scan's output by a gated branch. ssm_gate_act: activate that branch.
-        ssm_out_norm: norm after the scan: layernorm, none, dwconv3, cnorm, softmax, sigmoid. ssm_out_act: GELU after it.
+        ssm_out_norm: norm after the scan: layernorm, none, dwconv3, cnorm, softmax, sigmoid.
+        ssm_out_act: GELU after that.
         routes: cross2d, unidi, bidi, cascade2d.
         ssm_init: mamba, rand, zero.
         mlp_ratio: hidden channels of the MLP / C, 0 for no MLP. mlp_act: its activation. gated_mlp: a gated one.

@@ -144,7 +144,7 @@ class VMamba(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that put the parameters in layer groups, from the stem to the head, for layer-wise learning rates."""
+        """Patterns that group the parameters by layer, from the stem to the head, for layer-wise learning rates."""
         return {
             "stem": r"^stem|^pos_embed",
             "blocks": r"^stages\.(\d+)"
@@ -181,7 +181,7 @@ class VMamba(nn.Module):
         """
         from .checkpoint import load_checkpoint  # the checkpoint module builds networks, so it imports this one
 
-        load_checkpoint(self, path, new_head="if_needed", adapt_input=True)
+        load_checkpoint(self, path, new_head=True, adapt_input=True)
 
     def forward_intermediates(
         self,
@@ -263,9 +263,9 @@ class VMamba(nn.Module):
         return self.head(x.permute(0, 2, 3, 1), pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> scores (B, num_classes)."""
         x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
+        return self.forward_head(x)
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
