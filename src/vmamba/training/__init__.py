@@ -3,6 +3,7 @@
 from .checkpoints import About, load_trained, make_model, read_checkpoint
 from .config import Config, resolve
 from .evaluation import evaluate, predict
+from .inference import evaluate_checkpoint, newest_run, predict_files
 from .run import Outcome, resume, train
 
 __all__ = [
@@ -10,9 +11,12 @@ __all__ = [
     "Config",
     "Outcome",
     "evaluate",
+    "evaluate_checkpoint",
     "load_trained",
     "make_model",
+    "newest_run",
     "predict",
+    "predict_files",
     "read_checkpoint",
     "resolve",
     "resume",

@@ -10,9 +10,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import ImageNetInfo
 from torch import nn
 
 from ..data import Preprocessing
+from ..models import load_checkpoint
 
 # the entries of a checkpoint file: the weights to use, and what they belong to. The checkpoint of the last epoch
 # holds the state of optimiser and loops beside them.
@@ -107,14 +109,19 @@ def checkpoint_file(run_or_file: str | Path) -> Path:
     raise FileNotFoundError(f"{path} is no run directory: it has no checkpoints/best.ckpt")
 
 
-def load_trained(run_or_file: str | Path) -> tuple[nn.Module, About]:
+def load_trained(run_or_file: str | Path, model_name: str | None = None) -> tuple[nn.Module, About]:
     """The trained model of a run directory or checkpoint file, in evaluation mode on the CPU, and what it knows.
+
+    ``model_name`` is for files that hold bare weights, such as the released ones: they are read with
+    :func:`vmamba.load_checkpoint`, and classes and preprocessing are those timm has for the model.
 
     Raises:
         FileNotFoundError: there is no such run or file.
-        ValueError: the file is damaged, holds bare weights, or does not fit the model it names.
+        ValueError: the file is damaged, holds bare weights and ``model_name`` is None, or is of another model.
     """
     path = checkpoint_file(run_or_file)
+    if model_name is not None:
+        return _load_bare_weights(path, model_name)
     contents = read_checkpoint(path)
     if ABOUT not in contents or WEIGHTS not in contents:
         raise ValueError(
@@ -127,3 +134,22 @@ def load_trained(run_or_file: str | Path) -> tuple[nn.Module, About]:
     except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit {about.model}: {error}") from error
     return model.eval(), about
+
+
+def _load_bare_weights(path: Path, model_name: str) -> tuple[nn.Module, About]:
+    model = make_model(model_name)
+    load_checkpoint(model, path)
+    expected = model.pretrained_cfg
+    classes = names = tuple(str(index) for index in range(model.num_classes))
+    if model.num_classes == 1000:
+        imagenet = ImageNetInfo()
+        classes = tuple(imagenet.index_to_label_name(index) for index in range(1000))
+        names = tuple(imagenet.index_to_description(index) for index in range(1000))
+    preprocessing = Preprocessing(
+        tuple(expected["input_size"][1:]),
+        expected["interpolation"],
+        expected["crop_pct"],
+        expected["mean"],
+        expected["std"],
+    )
+    return model.eval(), About(model_name, {}, classes, names, preprocessing, config={}, epoch=0, metrics={})

@@ -24,6 +24,7 @@ from ..data import (
 from ..data.folder import Files
 from ..data.loading import seed_generators
 from ..data.sources import Samples
+from ..models import load_checkpoint
 from ..tasks import Classification, ClassificationScores
 from .checkpoints import About, load_trained, make_model, read_checkpoint
 from .config import Config, as_dict, from_dict, read_yaml, to_yaml
@@ -144,6 +145,8 @@ def _prepare(config: Config) -> _Prepared:
         kwargs["drop_path_rate"] = config.model.drop_path
     seed_generators(config.run.seed)
     model = make_model(config.model.name, **kwargs)
+    if config.model.weights is not None:
+        load_checkpoint(model, config.model.weights, new_head=True)
     _try_model(model, config)
     return _Prepared(splits, task, model, kwargs, machine)
 

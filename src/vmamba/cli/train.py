@@ -1,0 +1,89 @@
+"""Train a classifier. Without options: vmamba_nano on scikit-learn's handwritten digits."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+NAME = "train"
+HELP = "train on the embedded digits or on a folder of images"
+EXAMPLES = """examples:
+  vmamba train
+  vmamba train --data flowers/ --model vmamba_micro --image-size 96 --epochs 40
+  vmamba train --data flowers/ --model vmamba_tiny_s1l8 --set model.weights=vssm1_tiny_0230s_ckpt_epoch_264.pth
+  vmamba train --config runs/digits-vmamba_nano/config.yaml --set optim.lr=1e-3 --out runs/slower
+  vmamba train --resume runs/slower
+
+A folder of images has one sub-folder per class, or train/ and val/ with one sub-folder per class each.
+docs/training.md explains every field that --set can change."""
+
+# option -> the config field it is short for
+SHORTHANDS = {
+    "data": ("data", "source"),
+    "model": ("model", "name"),
+    "epochs": ("schedule", "epochs"),
+    "batch_size": ("data", "batch_size"),
+    "image_size": ("data", "image_size"),
+    "lr": ("optim", "lr"),
+    "seed": ("run", "seed"),
+    "device": ("run", "device"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="FOLDER", help='image folder, or "digits" (the default)')
+    parser.add_argument("--model", metavar="NAME", help="any timm model; `vmamba models` lists ours")
+    parser.add_argument("--epochs", type=int, metavar="N")
+    parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument("--image-size", type=int, metavar="PX", help="height and width of the training images")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same result (default 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--config", metavar="YAML", help="a config file, for example of an earlier run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change one config field; repeatable"
+    )
+    parser.add_argument("--out", metavar="DIR", help="run directory (default runs/DATA-MODEL, numbered if taken)")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run; takes no other option")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..training import config as configs
+    from ..training import resume, train
+
+    shorthands = {name: getattr(options, name) for name in SHORTHANDS if getattr(options, name) is not None}
+    if options.resume:
+        if shorthands or options.config or options.set or options.out:
+            raise ValueError("--resume takes everything from the run directory; leave the other options out")
+        outcome = resume(options.resume)
+    else:
+        from_options: dict[str, dict] = {}
+        for name, value in shorthands.items():
+            section, field = SHORTHANDS[name]
+            from_options.setdefault(section, {})[field] = value
+        config = configs.resolve(
+            configs.read_yaml(options.config) if options.config else {},
+            from_options,
+            configs.parse_overrides(options.set),
+        )
+        outcome = train(config, options.out or _free_run_dir(config))
+    metrics = outcome.metrics
+    wording = "test" if outcome.part == "test" else "validation"
+    samples = " ".join(shlex.quote(str(path)) for path in outcome.sample_images)
+    print(
+        f"\n{wording} accuracy {metrics['top1']:.2f} % (top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f}; "
+        f"{outcome.images} images, weights of epoch {outcome.best_epoch}, the best on the validation images)\n"
+        f"confusion matrix  {outcome.confusion_png}\n"
+        f"predictions       {outcome.predictions_png}\n"
+        f"checkpoint        {outcome.checkpoint}\n"
+        f"try it:           vmamba predict --checkpoint {shlex.quote(str(outcome.run_dir))} {samples}"
+    )
+
+
+def _free_run_dir(config) -> Path:
+    stem = Path("runs") / f"{Path(config.data.source).resolve().name}-{config.model.name}"
+    number = 1
+    while (candidate := stem if number == 1 else stem.with_name(f"{stem.name}-{number}")).exists():
+        number += 1
+    return candidate

@@ -1,0 +1,144 @@
+"""Trained models at work on files: evaluation of a checkpoint, predictions for images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..data import evaluation_loader, evaluation_transform, open_labelled, open_source, read_image
+from ..data.folder import IMAGE_SUFFIXES
+from ..data.sources import DIGITS, Samples
+from ..tasks import Classification
+from .checkpoints import About, checkpoint_file, load_trained
+from .evaluation import evaluate, predict
+from .report import save_prediction_sheet
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Metrics ("top1" and "top5" in percent, "loss") of a checkpoint on ``images`` images of ``data``."""
+
+    model: str
+    checkpoint: Path
+    data: str
+    images: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """For every image its classes as (name to show, probability), the most probable first."""
+
+    model: str
+    checkpoint: Path
+    predictions: tuple[tuple[Path, tuple[tuple[str, float], ...]], ...]
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    *,
+    data: str | None = None,
+    model_name: str | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "cpu",
+) -> EvaluationResult:
+    """Measure a run or checkpoint on ``data``, or on the images its training held out when that is None.
+
+    Raises:
+        FileNotFoundError, ValueError: checkpoint, data or device are missing or do not fit together.
+    """
+    _check_device(device)
+    path = checkpoint_file(checkpoint)
+    model, about = load_trained(path, model_name)
+    description, samples = _labelled_samples(about, data)
+    batches = evaluation_loader(
+        samples, evaluation_transform(about.preprocessing), batch_size=batch_size, workers=workers
+    )
+    scores = evaluate(model, Classification(len(about.classes)), batches, device)
+    return EvaluationResult(about.model, path, description, len(samples), scores.compute())
+
+
+def predict_files(
+    checkpoint: str | Path,
+    images: Sequence[str | Path],
+    *,
+    model_name: str | None = None,
+    top_k: int = 5,
+    device: str = "cpu",
+    sheet: str | Path | None = None,
+) -> Predictions:
+    """Classify image files, and the images directly in the folders, among ``images``; ``sheet`` is a PNG to draw.
+
+    Raises:
+        FileNotFoundError, ValueError: checkpoint, device or an image are missing or damaged.
+    """
+    _check_device(device)
+    files = _image_files(images)
+    path = checkpoint_file(checkpoint)
+    model, about = load_trained(path, model_name)
+    ranked = predict(model, about.preprocessing, files, top_k=top_k, device=device)
+    named = tuple(tuple((about.display_names[index], share) for index, share in row) for row in ranked)
+    if sheet is not None:
+        titles = [f"{file.name}\n{row[0][0]} {100 * row[0][1]:.0f} %" for file, row in zip(files, named, strict=True)]
+        pictures = [read_image(file) for file in files]
+        save_prediction_sheet(pictures, titles, [None] * len(files), Path(sheet), f"{about.model}: most probable class")
+    return Predictions(about.model, path, tuple(zip(files, named, strict=True)))
+
+
+def newest_run(folder: str | Path) -> Path:
+    """The run directory under ``folder`` whose checkpoint was written last.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    checkpoints = list(Path(folder).glob("*/checkpoints/best.ckpt"))
+    if not checkpoints:
+        raise FileNotFoundError(f"no trained run under {folder}/: name one with --checkpoint, or run `vmamba train`")
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
+
+
+def _labelled_samples(about: About, data: str | None) -> tuple[str, Samples]:
+    trained_on = about.config.get("data", {})
+    source = trained_on.get("source")
+    if data is None and source is None:
+        raise ValueError("the checkpoint does not say what it was trained on: name labelled images with --data")
+    same = data is None or data == source or (source != DIGITS and Path(data).resolve() == Path(source).resolve())
+    if not same:
+        return data, open_labelled(data, about.classes)
+    splits = open_source(
+        source,
+        val_fraction=trained_on["val_fraction"],
+        split_seed=trained_on["split_seed"],
+        on_unreadable=trained_on["on_unreadable"],
+    )
+    if splits.classes != about.classes:
+        raise ValueError(f"{source} has other classes now than when the model was trained on it")
+    if splits.test is not None:
+        return f"{source} (test images)", splits.test
+    return f"{source} (validation images)", splits.val
+
+
+def _image_files(images: Sequence[str | Path]) -> list[Path]:
+    files: list[Path] = []
+    for image in map(Path, images):
+        if image.is_dir():
+            inside = sorted(p for p in image.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise ValueError(f"the folder {image} holds no images")
+            files += inside
+        elif image.is_file():
+            files.append(image)
+        else:
+            raise FileNotFoundError(f"no such image: {image}")
+    return files
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"this machine cannot compute on device {device!r}: {str(error).splitlines()[0]}") from error
