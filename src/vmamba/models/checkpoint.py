@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,6 @@ __all__ = ["checkpoint_filter_fn", "convert", "load_checkpoint", "read_checkpoin
 # Where training scripts nest the weights. Released official files keep theirs under "model", EMA weights included.
 _NESTING = ("model", "state_dict")
 _LISTED = 8  # names shown of a long list
-
-
-class _Inert(dict):
-    """Stands in for the configuration object that official checkpoints pickle: read as plain data, never used."""
 
 
 def read_checkpoint(path: str | os.PathLike, *, key: str | None = None) -> dict[str, Tensor]:
@@ -152,8 +149,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        # by its name and without importing yacs: the class that official training scripts pickle their settings with
-        with torch.serialization.safe_globals([(_Inert, "yacs.config.CfgNode")]):
+        # Official training scripts pickle their settings, a dict of this class, beside the weights. Reading it as an
+        # ordinary dict needs neither that class nor its code.
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes raise nearly anything
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
