@@ -163,8 +163,11 @@ class Recorder(pl.Callback):
                 self._events.add_scalar(f"epoch/{name}", value, trainer.global_step)
         self._events.flush()
 
-        metric = module.task.metric
-        improved = metrics[metric] > self.best.get(metric, -math.inf)
+        # small validation sets tie often; the lower loss decides then
+        def rank(m: dict[str, float]) -> tuple[float, float]:
+            return (m[module.task.metric], -m["loss"])
+
+        improved = not self.best or rank(metrics) > rank(self.best)
         if improved:
             self.best = {"epoch": epoch, **metrics}
         trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt", weights_only=False)

@@ -56,10 +56,10 @@ def save_prediction_sheet(
     rows = -(-len(images) // columns)
     figure = _new_figure(2.0 * columns, 2.35 * rows + 0.5)
     figure.suptitle(heading)
-    for axes in (grid := figure.subplots(rows, columns, squeeze=False).flat):
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[len(images) :]:
         axes.set_axis_off()
     for axes, image, title, verdict in zip(grid, images, titles, right, strict=False):
-        axes.set_axis_on()
         axes.set_xticks([])
         axes.set_yticks([])
         axes.imshow(image)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,15 +199,26 @@ def _fit_and_report(config: Config, prepared: _Prepared, run_dir: Path, resume: 
         f"{f', resumed after epoch {resumed_at}' if resume else ''}\nrun directory: {run_dir}",
         flush=True,
     )
-    fit(
-        TaskModule(prepared.model.train(), prepared.task, config, len(train_batches)),
-        Recorder(run_dir, about, config.schedule.epochs, resumed_at),
-        train_batches,
-        evaluation_loader(splits.val, eval_transform, **loading),
-        prepared.machine,
-        resume,
-    )
-    return _report(splits, prepared, run_dir, loading)
+    with _cpu_threads(config.run.threads):
+        fit(
+            TaskModule(prepared.model.train(), prepared.task, config, len(train_batches)),
+            Recorder(run_dir, about, config.schedule.epochs, resumed_at),
+            train_batches,
+            evaluation_loader(splits.val, eval_transform, **loading),
+            prepared.machine,
+            resume,
+        )
+        return _report(splits, prepared, run_dir, loading)
+
+
+@contextlib.contextmanager
+def _cpu_threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _report(splits: Splits, prepared: _Prepared, run_dir: Path, loading: dict[str, int]) -> Outcome:
@@ -243,7 +256,7 @@ def _draw_predictions(
     save_prediction_sheet(
         [samples[i][0] for i in shown],
         [
-            f"{names[predicted[i]]}" if predicted[i] == labels[i] else f"{names[predicted[i]]}, is {names[labels[i]]}"
+            f"{names[predicted[i]]}" if predicted[i] == labels[i] else f"{names[predicted[i]]}, true {names[labels[i]]}"
             for i in shown
         ],
         [bool(predicted[i] == labels[i]) for i in shown],
