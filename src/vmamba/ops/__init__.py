@@ -1,6 +1,6 @@
 """Tensors in, tensors out: the selective scan and SS2D, their definition and their backends. Knows torch only."""
 
-from .backends import backends
+from .dispatch import backends
 from .functional import selective_scan, ss2d
 from .routes import ROUTES
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import choose
+from .dispatch import choose
 from .library import SelectiveScan, SS2DScan
 from .reference import selective_scan_reference, ss2d_scan_reference
 from .routes import ROUTES
@@ -111,11 +111,12 @@ def ss2d(
         h_l    = exp(delta_l A_k) h_{l-1} + delta_l B_l x_l
         y_l    = <C_l, h_l> + D_k x_l
 
-    The projection is one matrix product over the image as it lies, and each route is walked in place: the K scanned copies
-    of x are never built.
+    The projection is one matrix product over the image as it lies, and each route is walked in place: the K scanned
+    copies of x are never built.
 
     Args:
-        x: (B, H, W, E), channels last; fp64, fp32, bf16 or fp16. Under autocast the projection runs in the low precision.
+        x: (B, H, W, E), channels last; fp64, fp32, bf16 or fp16. Under autocast the projection runs in the low
+            precision.
         x_proj_weight: (K, R + 2N, E).
         dt_weight: (K, E, R).
         dt_bias: (K, E).
@@ -140,7 +141,9 @@ def ss2d(
     known = (*ROUTES, "cascade2d")
     if routes not in known:
         raise ValueError(f"unknown routes {routes!r}: choose one of {', '.join(known)}")
-    _check_floating({"x": x, "x_proj_weight": x_proj_weight, "dt_weight": dt_weight, "dt_bias": dt_bias, "A": A, "D": D})
+    _check_floating(
+        {"x": x, "x_proj_weight": x_proj_weight, "dt_weight": dt_weight, "dt_bias": dt_bias, "A": A, "D": D}
+    )
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x must be (B, H, W, E), channels last, with H, W, E >= 1, got {tuple(x.shape)}")
     E, K = x.shape[3], 4
@@ -169,16 +172,16 @@ def _cascade(
 ) -> Tensor:
     """The cascaded routes: every row scanned on its own, both ways, then every column of what came out.
 
-    Before each of the two, a LayerNorm over channels without affine, eps 1e-5. Rows use the weights of routes 0 (forward)
-    and 1 (backward), columns those of 2 and 3. The backward scan's output is added as it comes, not flipped back to its
-    pixels: a quirk of the official code that its ablation's weights were trained with, kept for parity.
+    Before each of the two, a LayerNorm over channels without affine, eps 1e-5. Rows use the weights of routes 0
+    (forward) and 1 (backward), columns those of 2 and 3. The backward scan's output is added as it comes, not flipped
+    back to its pixels: a quirk of the official code that its ablation's weights were trained with, kept for parity.
     """
     K, E, R = dt_weight.shape
     A, D = A.unflatten(0, (K, E)), D.unflatten(0, (K, E))
     # rows of the image as it lies, then rows of its transpose
     for routes in (slice(0, 2), slice(2, 4)):
         x = F.layer_norm(x, (E,), eps=1e-5)
-        batch, height, width, _ = x.shape
+        batch, height = x.shape[:2]
         sequences = x.flatten(0, 1)
         both_ways = torch.stack([sequences, sequences.flip(1)], dim=1)  # (B*H, 2, W, E)
         p = torch.einsum("bkle,kce->bkcl", both_ways, x_proj_weight[routes].to(both_ways.dtype))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import BACKENDS, choose
+from .dispatch import BACKENDS, choose
 
-__all__ = ["SelectiveScan", "SS2DScan"]
+__all__ = ["SS2DScan", "SelectiveScan"]
 
 _SS2D = "Tensor x, Tensor p, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D"
 _SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
@@ -25,8 +25,7 @@ _SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor
 torch.library.define("vmamba::ss2d_scan", f"({_SS2D}, str routes, str backend, bool keep) -> (Tensor, Tensor)")
 torch.library.define(
     "vmamba::ss2d_scan_backward",
-    f"(Tensor gy, {_SS2D}, Tensor states, str routes, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor gy, {_SS2D}, Tensor states, str routes, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "vmamba::selective_scan", f"({_SCAN}, bool delta_softplus, str backend, bool keep) -> (Tensor, Tensor, Tensor)"

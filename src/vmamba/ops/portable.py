@@ -1,15 +1,15 @@
 """The portable backend: a two-level chunked scan in plain torch, forward and hand-written backward, on any device.
 
-A sequence of L steps is laid out position first, as (S, M) with S steps in each of M chunks, so that one torch call makes one
-step in every chunk, image, route and channel at once. Three short loops then do the walk:
+A sequence of L steps is laid out position first, as (S, M) with S steps in each of M chunks, so that one torch call
+makes one step in every chunk, image, route and channel at once. Three short loops then do the walk:
 
 1. inside the chunks from a zero state, keeping only each chunk's last state (S calls);
 2. from chunk to chunk, with the chunk's total decay exp(A * sum of delta) (M calls);
 3. inside the chunks again, now from the right state, keeping every state (S calls).
 
-Every factor is a decay exp(delta * A) <= 1 (A < 0) or a product of such, so nothing can overflow, however long the walk. The
-backward walks the adjoint recurrence the same way, the other way round. States n = 0..N-1 are walked one after another: the
-memory needed does not grow with N.
+Every factor is a decay exp(delta * A) <= 1 (A < 0) or a product of such, so nothing can overflow, however long the
+walk. The backward walks the adjoint recurrence the same way, the other way round. States n = 0..N-1 are walked one
+after another: the memory needed does not grow with N.
 
 Layouts, in the letters of ops/README.md (here B is the batch; Bs and Cs are the input and output maps):
     X, delta, y     (J, S, B, M, E)      J routes that walk in one direction together
@@ -37,8 +37,8 @@ _LOG2E = math.log2(math.e)
 # atanh(s) / s as a polynomial in s^2 on [0, 1/9] (interpolated at the Chebyshev nodes), lowest power first: error 4e-9
 _ATANH = (1.00000000, 0.33333161, 0.20012298, 0.13982579, 0.14078889)
 
-# Elements of one (J, S, B, M, E) array that are walked together: about ten such arrays are live, and 2 MiB each keeps them in
-# the last-level cache while every torch call still has work for all threads.
+# Elements of one (J, S, B, M, E) array that are walked together: about ten such arrays are live, and 2 MiB each keeps
+# them in the last-level cache while every torch call still has work for all threads.
 _BLOCK_ELEMENTS = 2**19
 
 # Scratch memory kept from call to call, in bytes; what is larger is allocated and freed each time.
@@ -48,8 +48,9 @@ _SCRATCH_KEPT = 64 * 2**20
 class _Scratch(threading.local):
     """Memory for temporaries on the CPU, kept between calls.
 
-    Fresh pages cost more than the arithmetic: on a virtual machine a first touch was measured at 2 us a page, 1.2 ms for an
-    array that a multiplication fills in 0.05 ms, and malloc gives large blocks back to the system after each call.
+    Fresh pages cost more than the arithmetic: on a virtual machine a first touch was measured at 2 us a page, 1.2 ms
+    for an array that a multiplication fills in 0.05 ms, and malloc gives large blocks back to the system after each
+    call.
     """
 
     def __init__(self) -> None:
@@ -85,7 +86,8 @@ def _states(decay: Tensor, h: Tensor, total: Tensor, reverse: bool) -> None:
 
     Args:
         decay: (J, S, B, M, E), in [0, 1].
-        h: (J, S+1, B, M, E); slots 1..S hold b on entry and the states on return, slot 0 the state before each chunk. When
+        h: (J, S+1, B, M, E); slots 1..S hold b on entry and the states on return, slot 0 the state before each chunk.
+            When
             `reverse`, slots 0..S-1 hold b and slot S the state before.
         total: (J, B, M, E), the product of decay over S.
         reverse: walk from the last position of the last chunk to the first of the first.
@@ -162,8 +164,9 @@ def _walk_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `_walk_forward`: adds X's to gX, writes gB and gC, returns gdelta (J, S, B, M, E) and gA (J, N, E).
 
-    The gradient of the state is g_l = C_l gy_l + decay_{l+1} g_{l+1}. With q_l = decay_l g_l it is the forward recurrence
-    itself, q_l = decay_l q_{l+1} + decay_l C_l gy_l, walked the other way; and q_l h_{l-1} is the gradient of delta_l A.
+    The gradient of the state is g_l = C_l gy_l + decay_{l+1} g_{l+1}. With q_l = decay_l g_l it is the forward
+    recurrence itself, q_l = decay_l q_{l+1} + decay_l C_l gy_l, walked the other way; and q_l h_{l-1} is the gradient
+    of delta_l A.
     """
     J, E = A.shape[0], A.shape[2]
     du, decay, work, gdu, gdelta, h, q = scratch
@@ -229,7 +232,7 @@ class _Grid:
         inner, outer = (self.width, self.height) if order == "row" else (self.height, self.width)
         image = walk.permute(1, 2, 0, 3)
         if inner != self.steps:
-            image = image.reshape(walk.shape[1], -1, walk.shape[3])[:, : self.length].unflatten(1, (outer, inner))
+            image = image.flatten(1, 2)[:, : self.length].unflatten(1, (outer, inner))
         return image if order == "row" else image.transpose(1, 2)
 
 
@@ -283,8 +286,8 @@ def _clear_padding(walk: Tensor, padding: int) -> None:
 def _softplus(z: Tensor, out: Tensor, work: Sequence[Tensor]) -> None:
     """out = log(1 + exp(z)), relative error below 2e-6 in fp32; work: two tensors of z's shape.
 
-    On the CPU torch's softplus spends 7 ns an element in log1p. Here log1p(w) = 2 atanh(w / (2 + w)) with w = exp(-|z|), by
-    multiplications only: 2 ns. Other dtypes and devices take torch's own.
+    On the CPU torch's softplus spends 7 ns an element in log1p. Here log1p(w) = 2 atanh(w / (2 + w)) with w =
+    exp(-|z|), by multiplications only: 2 ns. Other dtypes and devices take torch's own.
     """
     if z.dtype != torch.float32 or z.device.type != "cpu":
         torch.ops.aten.softplus.out(z, out=out)
@@ -326,7 +329,8 @@ def ss2d_forward(x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Te
         x_i = x_i.to(dtype)
         shape = (J, S, len(x_i), M, E)
         X, P, y, z, delta, *scratch = _scratch.take(
-            x_i, [(different, *shape[1:]), (different, *shape[1:4], p.shape[-1]), *[shape] * 3, *_forward_shapes(*shape)]
+            x_i,
+            [(different, *shape[1:]), (different, *shape[1:4], p.shape[-1]), *[shape] * 3, *_forward_shapes(*shape)],
         )
         X = walks.of_route(walks.lay_out(grid, x_i, X))
         P = walks.lay_out(grid, p_i, P)
@@ -337,7 +341,7 @@ def ss2d_forward(x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Te
             _low_rank_delta(code, dt_weight[ks], dt_bias[ks], z, delta, scratch, grid.padding)
             _walk_forward(X, delta, A[ks], Bs.movedim(-1, 1), Cs.movedim(-1, 1), y, scratch, reverse)
         result = torch.mul(x_i, D_sum, out=out_i if x.dtype == dtype else None)
-        walks.add_to_image(grid, y if J == different else y.sum(0, keepdim=True), result)
+        walks.add_to_image(grid, y if different == J else y.sum(0, keepdim=True), result)
         if x.dtype != dtype:
             out_i.copy_(result)
     return out
@@ -387,7 +391,7 @@ def ss2d_backward(
             gbias[ks] += gz.sum(1)
             gA[ks] += gA_d
         result = torch.mul(gy_i, D_sum, out=gx_i if x.dtype == dtype else None)
-        walks.add_to_image(grid, gX if J == different else gX.sum(0, keepdim=True), result)
+        walks.add_to_image(grid, gX if different == J else gX.sum(0, keepdim=True), result)
         if x.dtype != dtype:
             gx_i.copy_(result)
         walks.add_to_image(grid, gP, gp_i.zero_())

@@ -82,7 +82,7 @@ def ss2d_scan_reference(
     """
     K, E, R = dt_weight.shape
     N = A.shape[1]
-    batch, height, width, _ = x.shape
+    height, width = x.shape[1:3]
     dtype = torch.promote_types(x.dtype, torch.float32)
     xs = scan_routes(x.to(dtype), routes)  # (B, K, L, E)
     ps = torch.stack(

@@ -1,8 +1,8 @@
 """Where each scan walks: the routes of SS2D as tables and as plain gathers.
 
-A route visits the L = H*W pixels of a grid in some order. It is written here as an (order, direction) pair, so that every
-backend can walk it in place; `scan_routes` and `merge_routes` are the plain form that copies, for the reference, for
-pictures and for tests.
+A route visits the L = H*W pixels of a grid in some order. It is written here as an (order, direction) pair, so that
+every backend can walk it in place; `scan_routes` and `merge_routes` are the plain form that copies, for the
+reference, for pictures and for tests.
 
 Source: VMamba (arXiv 2401.10166), section 4.2 "2D-Selective-Scan", and its ablation of scan patterns.
 """

@@ -74,7 +74,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 class BackendStatus(NamedTuple):
-    """What `backends` says of one backend: whether it runs on the device, whether it is the automatic choice, and why not."""
+    """What `backends` says of one backend: can it run there, is it the automatic choice, and if it cannot, why."""
 
     available: bool
     chosen: bool
@@ -129,5 +129,7 @@ def choose(name: str, device_type: str) -> str:
     reason = BACKENDS[name].unavailable(device_type)
     if reason is not None:
         able = [other for other, backend in BACKENDS.items() if backend.unavailable(device_type) is None]
-        raise RuntimeError(f"backend {name!r} cannot run on {device_type}: {reason}. Available there: {', '.join(able)}")
+        raise RuntimeError(
+            f"backend {name!r} cannot run on {device_type}: {reason}. Available there: {', '.join(able)}"
+        )
     return name
