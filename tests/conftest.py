@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared"  # large optional data, beside the repository
 
@@ -21,3 +23,19 @@ def shared() -> Path:
 def golden() -> Path:
     """The tensors of the official code that the tests carry themselves."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def make_photos(tmp_path):
+    """A function that writes small random PNGs: ``make_photos("root", {"train/cat": 4, ...})`` returns the root."""
+
+    def make(root: str, counts: dict[str, int], size: tuple[int, int] = (40, 36)) -> Path:
+        generator = np.random.default_rng(0)
+        for folder, count in counts.items():
+            (tmp_path / root / folder).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / root / folder / f"{i}.png")
+        return tmp_path / root
+
+    return make

@@ -1,0 +1,49 @@
+"""Optimiser groups and the learning-rate schedule."""
+
+import pytest
+import timm
+
+from vmamba import list_models
+from vmamba.tasks import make_optimizer, warmup_cosine
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_nothing_that_must_not_decay_decays(name):
+    model = timm.create_model(name, device="meta")
+    optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.05)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    kept = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    exempt = model.no_weight_decay()
+    assert exempt
+    for parameter_name, parameter in model.named_parameters():
+        expected = kept if parameter.ndim <= 1 or parameter_name in exempt else decayed
+        assert id(parameter) in expected, parameter_name
+    assert len(decayed) + len(kept) == len(list(model.parameters()))
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match="no optimiser 'adamwow'"):
+        make_optimizer(timm.create_model("test_vit"), "adamwow", lr=1.0, weight_decay=0.0)
+
+
+def test_other_optimizers_and_betas():
+    model = timm.create_model("test_vit")
+    assert make_optimizer(model, "lamb", lr=0.1, weight_decay=0.0).__class__.__name__ == "Lamb"
+    assert make_optimizer(model, lr=0.1, weight_decay=0.0, betas=(0.8, 0.9)).param_groups[0]["betas"] == (0.8, 0.9)
+
+
+def test_schedule_warms_up_and_falls():
+    settings = {"steps": 100, "warmup": 10, "start": 0.01, "end": 0.1}
+    factors = [warmup_cosine(step, **settings) for step in range(101)]
+    assert factors[0] == pytest.approx(0.01)
+    assert factors[5] == pytest.approx(0.505)
+    assert factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert warmup_cosine(120, **settings) == pytest.approx(0.1)
+
+
+def test_schedule_without_warmup():
+    assert warmup_cosine(0, steps=1, warmup=0, start=0.5, end=0.0) == 1.0
