@@ -87,8 +87,7 @@ def _states(decay: Tensor, h: Tensor, total: Tensor, reverse: bool) -> None:
     Args:
         decay: (J, S, B, M, E), in [0, 1].
         h: (J, S+1, B, M, E); slots 1..S hold b on entry and the states on return, slot 0 the state before each chunk.
-            When
-            `reverse`, slots 0..S-1 hold b and slot S the state before.
+            When `reverse`, slots 0..S-1 hold b and slot S the state before.
         total: (J, B, M, E), the product of decay over S.
         reverse: walk from the last position of the last chunk to the first of the first.
     """
