@@ -58,10 +58,8 @@ class TaskModule(pl.LightningModule):
         return self.model if self.averaged is None else self.averaged.module
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optim, schedule = self.config.optim, self.config.schedule
-        optimizer = make_optimizer(
-            self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas
-        )
+        schedule = self.config.schedule
+        optimizer = optimizer_of(self.model, self.config)
         steps = schedule.epochs * self.steps_per_epoch
         # a warm-up longer than the run would never reach the learning rate asked for
         warmup = min(round(schedule.warmup_epochs * self.steps_per_epoch), steps // 2)
@@ -90,6 +88,12 @@ class TaskModule(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.scores.update(self.model_to_use, batch)
+
+
+def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The optimiser that ``config`` asks for, over ``model``."""
+    optim = config.optim
+    return make_optimizer(model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

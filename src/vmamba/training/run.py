@@ -125,7 +125,7 @@ class _Prepared:
 def _prepare(config: Config) -> _Prepared:
     for module in ("lightning.pytorch", "matplotlib.figure", "tensorboard", "rich"):
         require(module, "train")
-    from .lightning_engine import choose_machine
+    from .lightning_engine import choose_machine, optimizer_of
 
     machine = choose_machine(config.run.device, config.run.precision)
     splits = open_source(
@@ -150,6 +150,7 @@ def _prepare(config: Config) -> _Prepared:
     if config.model.weights is not None:
         load_checkpoint(model, config.model.weights, new_head=True)
     _try_model(model, config)
+    optimizer_of(model, config)
     return _Prepared(splits, task, model, kwargs, machine)
 
 

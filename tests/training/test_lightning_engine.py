@@ -1,0 +1,56 @@
+"""The engine trains any Task, not classification alone."""
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from vmamba.data import Preprocessing
+from vmamba.training import About, read_checkpoint, resolve
+from vmamba.training.lightning_engine import Machine, Recorder, TaskModule, fit
+
+
+class LineScores:
+    def __init__(self):
+        self.errors = []
+
+    def update(self, model, batch):
+        x, y = batch
+        self.errors.append((model(x) - y).square())
+
+    def compute(self):
+        loss = float(torch.cat(self.errors).mean())
+        return {"loss": loss, "fit": 1 / (1 + loss)}
+
+
+class Line:
+    """Fit y = 3 x - 1."""
+
+    metric = "fit"
+
+    def training_loss(self, model, batch):
+        x, y = batch
+        return (model(x) - y).square().mean()
+
+    def scores(self):
+        return LineScores()
+
+
+def test_a_task_of_another_kind(tmp_path, capsys):
+    x = torch.linspace(-1, 1, 64)[:, None]
+    data = TensorDataset(x, 3 * x - 1)
+    config = resolve({"optim": {"lr": 0.3, "weight_decay": 0.0}, "schedule": {"epochs": 40, "warmup_epochs": 0}})
+    torch.manual_seed(0)
+    module = TaskModule(nn.Linear(1, 1), Line(), config, steps_per_epoch=4)
+    about = About("line", {}, (), (), Preprocessing(), {}, epoch=0, metrics={})
+    (tmp_path / "checkpoints").mkdir()
+    recorder = Recorder(tmp_path, about, epochs=40, resumed_at=0)
+    fit(
+        module, recorder, DataLoader(data, batch_size=16), DataLoader(data, batch_size=16), Machine("cpu", "fp32"), None
+    )
+    best = read_checkpoint(tmp_path / "checkpoints" / "best.ckpt")
+    assert best["vmamba"]["metrics"]["fit"] > 0.99
+    assert abs(float(best["model"]["weight"]) - 3) < 0.2
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[
+        0
+    ] == "epoch,step,lr,train_loss,val_loss,fit,seconds,img/s"
+    assert "fit 1.00" in capsys.readouterr().out
