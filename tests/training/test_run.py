@@ -128,6 +128,28 @@ def test_full_disk_keeps_the_good_checkpoint_and_the_run_resumes_exactly(tiny_co
         resume(run_dir)
 
 
+def test_interrupted_run_says_how_to_go_on(tiny_config, tmp_path, monkeypatch, capsys):
+    from vmamba.tasks import Classification
+
+    steps = []
+
+    def interrupt_in_epoch_2(task, model, batch):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return real_loss(task, model, batch)
+
+    real_loss = Classification.training_loss
+    monkeypatch.setattr(Classification, "training_loss", interrupt_in_epoch_2)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(tiny_config(), tmp_path / "run")
+    assert f"go on with: vmamba train --resume {tmp_path / 'run'}" in capsys.readouterr().out
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    train(tiny_config(), tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_average_is_what_is_kept(tiny_config, tmp_path):
     train(tiny_config(run={"ema_decay": 0.8}), tmp_path / "run")
     last = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")

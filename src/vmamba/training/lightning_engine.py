@@ -190,6 +190,10 @@ class Recorder(pl.Callback):
         checkpoint[WEIGHTS] = module.model_to_use.state_dict()
         checkpoint[ABOUT] = self._describe(trainer.current_epoch + 1, module.scores.compute())
 
+    def on_exception(self, trainer: pl.Trainer, module: TaskModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and (self.run_dir / "checkpoints" / "last.ckpt").is_file():
+            print(f"\nstopped; go on with: vmamba train --resume {self.run_dir}", flush=True)
+
     def teardown(self, trainer: pl.Trainer, module: TaskModule, stage: str) -> None:
         if self._events is not None:
             self._events.close()
