@@ -2,7 +2,7 @@
 
     python benchmarks/cpu.py [--json FILE] [--threads N]
 
-Prints a table; every figure is the median of several runs after a warm-up, and what is compared is run in turn, since the
+Prints a table. Every figure is the median of several runs after a warm-up; what is compared is run in turn, since the
 speed of shared machines drifts.
 """
 
