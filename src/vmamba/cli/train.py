@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..training import config as configs
     from ..training import resume, train
+    from ..training.run import PART_NAMES
 
     shorthands = {name: getattr(options, name) for name in SHORTHANDS if getattr(options, name) is not None}
     if options.resume:
@@ -69,10 +70,10 @@ def run(options: argparse.Namespace) -> None:
         )
         outcome = train(config, options.out or _free_run_dir(config))
     metrics = outcome.metrics
-    wording = "test" if outcome.part == "test" else "validation"
     samples = " ".join(shlex.quote(str(path)) for path in outcome.sample_images)
     print(
-        f"\n{wording} accuracy {metrics['top1']:.2f} % (top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f}; "
+        f"\n{PART_NAMES[outcome.part]} accuracy {metrics['top1']:.2f} % "
+        f"(top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f}; "
         f"{outcome.images} images, weights of epoch {outcome.best_epoch}, the best on the validation images)\n"
         f"confusion matrix  {outcome.confusion_png}\n"
         f"predictions       {outcome.predictions_png}\n"

@@ -83,7 +83,9 @@ def predict_files(
     ranked = predict(model, about.preprocessing, files, top_k=top_k, device=device)
     named = tuple(tuple((about.display_names[index], share) for index, share in row) for row in ranked)
     if sheet is not None:
-        titles = [f"{file.name}\n{row[0][0]} {100 * row[0][1]:.0f} %" for file, row in zip(files, named, strict=True)]
+        titles = [
+            f"{_short(file.name)}\n{row[0][0]} {100 * row[0][1]:.0f} %" for file, row in zip(files, named, strict=True)
+        ]
         pictures = [read_image(file) for file in files]
         save_prediction_sheet(pictures, titles, [None] * len(files), Path(sheet), f"{about.model}: most probable class")
     return Predictions(about.model, path, tuple(zip(files, named, strict=True)))
@@ -135,6 +137,10 @@ def _image_files(images: Sequence[str | Path]) -> list[Path]:
         else:
             raise FileNotFoundError(f"no such image: {image}")
     return files
+
+
+def _short(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def _check_device(device: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .report import save_confusion_matrix, save_prediction_sheet
 
 SHEET_IMAGES = 24
 SAMPLE_IMAGES = 5
+PART_NAMES = {"test": "test", "val": "validation"}
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def _report(splits: Splits, prepared: _Prepared, run_dir: Path, loading: dict[st
     scores = evaluate(model, prepared.task, batches, prepared.machine.device)
     confusion_png, predictions_png = run_dir / "confusion_matrix.png", run_dir / "predictions.png"
     save_confusion_matrix(scores.confusion(), splits.display_names, confusion_png)
-    _draw_predictions(samples, scores, splits.display_names, part, predictions_png)
+    _draw_predictions(samples, scores, splits.display_names, PART_NAMES[part], predictions_png)
     return Outcome(
         run_dir=run_dir,
         part=part,
@@ -245,15 +246,15 @@ def _report(splits: Splits, prepared: _Prepared, run_dir: Path, loading: dict[st
 
 
 def _draw_predictions(
-    samples: Samples, scores: ClassificationScores, names: tuple[str, ...], part: str, path: Path
+    samples: Samples, scores: ClassificationScores, names: tuple[str, ...], wording: str, path: Path
 ) -> None:
-    """Up to half the sheet are the first wrong predictions, the rest right ones spread over the data set."""
+    """Up to half the sheet are wrong predictions, the rest right ones; both spread evenly over the data set."""
     labels, predicted = scores.labels, scores.predicted
     wrong = (labels != predicted).nonzero().flatten().tolist()
     right = (labels == predicted).nonzero().flatten().tolist()
-    shown_wrong = wrong[: max(SHEET_IMAGES // 2, SHEET_IMAGES - len(right))]
-    wanted = min(SHEET_IMAGES - len(shown_wrong), len(right))
-    shown = shown_wrong + [right[i * len(right) // wanted] for i in range(wanted)]
+    wrong_wanted = min(len(wrong), max(SHEET_IMAGES // 2, SHEET_IMAGES - len(right)))
+    right_wanted = min(len(right), SHEET_IMAGES - wrong_wanted)
+    shown = _spread(wrong, wrong_wanted) + _spread(right, right_wanted)
     save_prediction_sheet(
         [samples[i][0] for i in shown],
         [
@@ -262,13 +263,13 @@ def _draw_predictions(
         ],
         [bool(predicted[i] == labels[i]) for i in shown],
         path,
-        f"{len(wrong)} of {len(samples)} {part} images wrong; {len(shown_wrong)} of them shown, then right ones",
+        f"{len(wrong)} of {len(samples)} {wording} images wrong; {wrong_wanted} of them shown, then right ones",
     )
 
 
 def _sample_images(samples: Samples, run_dir: Path) -> tuple[Path, ...]:
     """A few image files to try ``vmamba predict`` on; images that are no files yet are written into the run."""
-    chosen = [i * len(samples) // SAMPLE_IMAGES for i in range(min(SAMPLE_IMAGES, len(samples)))]
+    chosen = _spread(range(len(samples)), min(SAMPLE_IMAGES, len(samples)))
     if isinstance(samples, Files):
         return tuple(samples.paths[i] for i in chosen)
     folder = run_dir / "samples"
@@ -279,3 +280,7 @@ def _sample_images(samples: Samples, run_dir: Path) -> tuple[Path, ...]:
         paths.append(folder / f"{samples.classes[label]}_{i}.png")
         image.save(paths[-1])
     return tuple(paths)
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    return [items[i * len(items) // count] for i in range(count)]
