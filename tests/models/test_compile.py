@@ -51,7 +51,7 @@ def test_compiles_with_inductor():
 
 def test_exports_with_dynamic_batch_height_and_width(model):
     dim = torch.export.Dim
-    # torch.export takes a size of 1 for a constant, and 32 pixels are 1 at the last stage: 33 on, all sizes share a graph
+    # torch.export takes a size of 1 for a constant, and 32 pixels are 1 at the last stage; from 33 on one graph does
     dynamic = {"x": {0: dim("batch"), 2: dim("height", min=33), 3: dim("width", min=33)}}
     program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=dynamic)
     for shape in ((1, 3, 33, 33), (3, 3, 47, 70), (2, 3, 128, 64)):
