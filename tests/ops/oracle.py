@@ -1,16 +1,12 @@
-"""Random problems for the scans, and the one table of how far a backend may be from the fp64 reference."""
+"""Random problems for the scans, and their results by the reference in fp64."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from vmamba.ops.judge import TOLERANCE, error  # noqa: F401  the tests' one table of tolerances
 from vmamba.ops.reference import ss2d_scan_reference
-
-# ||out - reference|| / ||reference||, the reference in fp64 on the same (rounded) inputs. fp64: the issue's figure.
-# fp32: ten roundings of 1.2e-7, what the reference loses in fp32 on these sizes. bf16, fp16: one rounding of the
-# result.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 # H, W: one row, one column, one pixel, primes, square, and a chunk that its last pixels do not fill
 AWKWARD_SIZES = [(1, 9), (9, 1), (1, 1), (7, 13), (8, 8), (5, 6), (4, 16)]
@@ -43,9 +39,3 @@ def ss2d_oracle(problem: list[Tensor], gy: Tensor, routes: str) -> tuple[Tensor,
     inputs = [t.detach().double().requires_grad_() for t in problem]
     y = ss2d_scan_reference(*inputs, routes)
     return y.detach(), torch.autograd.grad(y, inputs, gy.double())
-
-
-def error(out: Tensor, reference: Tensor) -> float:
-    """||out - reference|| / ||reference||; infinite for NaN."""
-    difference = (out.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30)
-    return difference.item() if difference.isfinite() else float("inf")
