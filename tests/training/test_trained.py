@@ -1,5 +1,7 @@
 """Trained models from files: the right one or a clear error."""
 
+import sys
+
 import pytest
 import timm
 import torch
@@ -27,6 +29,17 @@ def test_predictions_are_those_of_the_checkpoint(run_dir, photos):
     (name, share), (second, _) = result.predictions[0][1]
     assert (name, second) == tuple(about.classes[i] for i in best.indices)
     assert share == pytest.approx(float(best.values[0]), rel=1e-5)
+
+
+def test_prediction_and_evaluation_need_no_extra(run_dir, photos, monkeypatch):
+    for module in ("lightning", "lightning.pytorch", "matplotlib", "matplotlib.figure", "sklearn", "sklearn.datasets"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert predict_files(run_dir, [photos / "val" / "cat"]).predictions
+    assert evaluate_checkpoint(run_dir).images == 12
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'vmamba\[train\]'"):
+        predict_files(run_dir, [photos / "val" / "cat"], sheet="sheet.png")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'vmamba\[train\]'"):
+        evaluate_checkpoint(run_dir, data="digits")
 
 
 def test_sheet_is_drawn(run_dir, photos, tmp_path):
