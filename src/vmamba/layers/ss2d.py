@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vmamba.ops import ss2d
 
 from .act import ACTIVATIONS
-from .conv import ConvNHWC
+from .conv import ConvNHWC, DepthwiseConv3x3SiLU
 from .init import init_ssm_
 from .norm import SSM_OUT_NORMS
 
@@ -67,8 +67,12 @@ class SS2D(nn.Module):
         R = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
         self.gate, self.routes, self.init = gate, routes, init
         self.in_proj = nn.Linear(dim, 2 * E if gate else E, bias=False, **dd)
-        self.conv = ConvNHWC(E, E, conv, padding=conv // 2, groups=E, bias=conv_bias, **dd) if conv else nn.Identity()
-        self.act = ACTIVATIONS[act]()
+        if conv == 3 and act == "silu":  # every released model
+            self.conv, self.act = DepthwiseConv3x3SiLU(E, conv_bias, **dd), nn.Identity()
+        else:
+            depthwise = {"padding": conv // 2, "groups": E, "bias": conv_bias}
+            self.conv = ConvNHWC(E, E, conv, **depthwise, **dd) if conv else nn.Identity()
+            self.act = ACTIVATIONS[act]()
         self.gate_act = ACTIVATIONS[act]() if gate and gate_act else nn.Identity()
         self.x_proj_weight = nn.Parameter(torch.empty(K, R + 2 * N, E, **dd))
         self.dt_weight = nn.Parameter(torch.empty(K, E, R, **dd))

@@ -1,7 +1,7 @@
-"""Tensors in, tensors out: the selective scan and SS2D, their definition and their backends. Knows torch only."""
+"""Tensors in, tensors out: selective scan, SS2D, its convolution; their definition and backends. Knows torch only."""
 
 from .dispatch import backends
-from .functional import selective_scan, ss2d
+from .functional import depthwise_conv3x3, selective_scan, ss2d
 from .routes import ROUTES
 
-__all__ = ["ROUTES", "backends", "selective_scan", "ss2d"]
+__all__ = ["ROUTES", "backends", "depthwise_conv3x3", "selective_scan", "ss2d"]

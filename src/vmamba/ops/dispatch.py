@@ -1,4 +1,4 @@
-"""Which implementation runs a scan: by where the tensor is, or as asked.
+"""Which implementation runs an operator: by where the tensor is, or as asked.
 
 An automatic choice may fall back, and says so once; an explicit choice works or raises, listing what there is.
 """
@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import portable
+from . import convolution, portable
 
 __all__ = ["BACKENDS", "Backend", "BackendStatus", "backends", "choose"]
 
 
 class Backend(NamedTuple):
-    """One implementation of both scans. Functions take what the registered operators take (see `library`).
+    """One implementation of the operators. Functions take what the registered operators take (see `library`).
 
     unavailable: why the backend cannot run on a device (by its type, such as "cuda"), or None if it can.
     ss2d_states: shape of the states that `ss2d_forward` keeps for backward, from (x, A, routes).
@@ -27,6 +27,8 @@ class Backend(NamedTuple):
     scan_states: shape of the states that `scan_forward` keeps, from (u, A, B).
     scan_forward: (u, delta, A, B, C, D, delta_bias, delta_softplus, keep) -> (y, last_state, states).
     scan_backward: (gy, u, delta, A, B, C, D, delta_bias, states, delta_softplus) -> the seven gradients.
+    conv_forward: (x, weight, bias, activation) -> y; torch's own unless the backend has a depthwise convolution.
+    conv_backward: (gy, x, weight, bias, activation) -> gradients of x, weight and bias, contiguous or not.
     """
 
     unavailable: Callable[[str], str | None]
@@ -36,6 +38,8 @@ class Backend(NamedTuple):
     scan_states: Callable[[Tensor, Tensor, Tensor], tuple[int, ...]]
     scan_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     scan_backward: Callable[..., tuple[Tensor, ...]]
+    conv_forward: Callable[..., Tensor] = convolution.conv
+    conv_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = convolution.conv_backward
 
 
 def _portable_ss2d_forward(x, p, dt_weight, dt_bias, A, D, routes, keep):
@@ -82,7 +86,7 @@ class BackendStatus(NamedTuple):
 
 
 def backends(device: torch.device | str = "cpu") -> dict[str, BackendStatus]:
-    """What there is to run a scan of tensors on `device`, and which one an automatic choice takes.
+    """What there is to run an operator on tensors on `device`, and which one an automatic choice takes.
 
     Args:
         device: a device or its name, "cpu" or "cuda". Nothing is allocated on it.
@@ -118,7 +122,7 @@ def choose(name: str, device_type: str) -> str:
                 if passed_over and device_type != "cpu" and (candidate, device_type) not in _said:
                     _said.add((candidate, device_type))
                     warnings.warn(
-                        f"vmamba runs its scans on {device_type} with the slower {candidate!r} backend, because "
+                        f"vmamba runs its operators on {device_type} with the slower {candidate!r} backend, because "
                         + "; ".join(passed_over),
                         stacklevel=2,
                     )

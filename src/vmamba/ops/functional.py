@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import choose
-from .library import SelectiveScan, SS2DScan
+from . import convolution
+from .dispatch import BACKENDS, choose
+from .library import DepthwiseConv3x3, SelectiveScan, SS2DScan
 from .reference import selective_scan_reference, ss2d_scan_reference
 from .routes import ROUTES
 
-__all__ = ["selective_scan", "ss2d"]
+__all__ = ["depthwise_conv3x3", "selective_scan", "ss2d"]
+
+CONV_ACTIVATIONS = ("silu", "none")
 
 
 def selective_scan(
@@ -165,6 +168,62 @@ def ss2d(
         return ss2d_scan_reference(x, p, dt_weight, dt_bias, A, D, routes)
     tensors = (x, p, dt_weight, dt_bias, A, D)
     return SS2DScan.apply(*tensors, routes, backend, _needs_gradient(*tensors))[0]
+
+
+def depthwise_conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu", *, backend: str = "auto"
+) -> Tensor:
+    """A depthwise 3x3 convolution, zero-padded by 1, of channels-last images, and its activation.
+
+        y = act(bias + sum over taps of weight x)
+
+    Under autocast x, weight and bias are taken in the autocast dtype, as for any convolution.
+
+    Args:
+        x: (B, H, W, E), channels last; fp64, fp32, bf16 or fp16.
+        weight: (E, 1, 3, 3), as in `torch.nn.Conv2d` with groups=E, in x's dtype.
+        bias: (E,) in x's dtype, or None.
+        activation: "silu" or "none".
+        backend: "auto", or a name in `vmamba.ops.backends()`; one without kernels for this runs torch's convolution.
+
+    Returns:
+        (B, H, W, E) in x's dtype; sums and activation are fp32 inside (fp64 for fp64 input).
+
+    Raises:
+        TypeError: for a dtype that is not floating point, or dtypes that differ.
+        ValueError: for shapes or devices that do not fit each other, an unknown activation or an unknown backend.
+        RuntimeError: for a backend that cannot run on x's device.
+
+    Source: VMamba (arXiv 2401.10166), figure 3: the convolution before SS2D.
+    """
+    if activation not in CONV_ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(CONV_ACTIVATIONS)}")
+    _check_floating({"x": x, "weight": weight, "bias": bias})
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x must be (B, H, W, E), channels last, with H, W, E >= 1, got {tuple(x.shape)}")
+    E, device_type = x.shape[3], x.device.type
+    _check_shape("weight", weight, (E, 1, 3, 3), "one 3x3 kernel for each channel of x")
+    if bias is not None:
+        _check_shape("bias", bias, (E,), "one number for each channel of x")
+    _check_same_device(x=x, weight=weight, bias=bias)
+    x, weight, bias = _as_autocast(x, weight, bias)
+    if BACKENDS[choose(backend, device_type)].conv_forward is convolution.conv:
+        return convolution.conv(x, weight, bias, activation)
+    return DepthwiseConv3x3.apply(x, weight, bias, activation, backend)
+
+
+def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+    """The three in autocast's dtype, but for fp64, where it is enabled; else an error if their dtypes differ."""
+    tensors = [x, weight, bias]
+    device_type = x.device.type
+    # asking "meta", which has no autocast, whether it is enabled would raise
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    for name, tensor in zip(("weight", "bias"), tensors[1:], strict=True):
+        if tensor is not None and tensor.dtype != tensors[0].dtype:
+            raise TypeError(f"x is {x.dtype} and {name} {tensor.dtype}: convert one of them, or use torch.autocast")
+    return tensors
 
 
 def _cascade(

@@ -1,7 +1,8 @@
-"""The scans as registered operators: one schema, a fake for tracing, FLOP formulas, and autograd functions around them.
+"""The operators, registered: one schema, a fake for tracing, FLOP formulas, and autograd functions around them.
 
     vmamba::ss2d_scan, vmamba::ss2d_scan_backward              the 2-D scan of all routes
     vmamba::selective_scan, vmamba::selective_scan_backward    the 1-D scan
+    vmamba::depthwise_conv3x3, vmamba::depthwise_conv3x3_backward
 
 Gradients come from `torch.autograd.Function`s around the operators rather than from `torch.library.register_autograd`,
 which breaks `torch.func.grad` and returns silently wrong forward-mode derivatives.
@@ -9,6 +10,7 @@ which breaks `torch.func.grad` and returns silently wrong forward-mode derivativ
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import BACKENDS, choose
 
-__all__ = ["SS2DScan", "SelectiveScan"]
+__all__ = ["DepthwiseConv3x3", "SS2DScan", "SelectiveScan"]
 
 _SS2D = "Tensor x, Tensor p, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D"
 _SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
@@ -34,6 +36,13 @@ torch.library.define(
     "vmamba::selective_scan_backward",
     f"(Tensor gy, {_SCAN}, Tensor states, bool delta_softplus, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "vmamba::depthwise_conv3x3", "(Tensor x, Tensor weight, Tensor? bias, str activation, str backend) -> Tensor"
+)
+torch.library.define(
+    "vmamba::depthwise_conv3x3_backward",
+    "(Tensor gy, Tensor x, Tensor weight, Tensor? bias, str activation, str backend) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -65,6 +74,20 @@ def _selective_scan_backward(gy, u, delta, A, B, C, D, delta_bias, states, delta
     return chosen.scan_backward(gy, u, delta, A, B, C, D, delta_bias, states, delta_softplus)
 
 
+@torch.library.impl("vmamba::depthwise_conv3x3", "default")
+@torch.no_grad()
+def _depthwise_conv3x3(x, weight, bias, activation, backend):
+    # contiguous whichever backend runs: the one answer that the fake can give
+    return BACKENDS[choose(backend, x.device.type)].conv_forward(x, weight, bias, activation).contiguous()
+
+
+@torch.library.impl("vmamba::depthwise_conv3x3_backward", "default")
+@torch.no_grad()
+def _depthwise_conv3x3_backward(gy, x, weight, bias, activation, backend):
+    gradients = BACKENDS[choose(backend, x.device.type)].conv_backward(gy, x, weight, bias, activation)
+    return tuple(t.contiguous() for t in gradients)
+
+
 def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -91,6 +114,16 @@ def _(u, delta, A, B, C, D, delta_bias, delta_softplus, backend, keep):
 def _(gy, u, delta, A, B, C, D, delta_bias, states, delta_softplus, backend):
     optional = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (D, delta_bias))
     return (*(t.new_empty(t.shape) for t in (u, delta, A, B, C)), *optional)
+
+
+@torch.library.register_fake("vmamba::depthwise_conv3x3")
+def _(x, weight, bias, activation, backend):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("vmamba::depthwise_conv3x3_backward")
+def _(gy, x, weight, bias, activation, backend):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
 def _scan_flops(steps: int, N: int) -> int:
@@ -121,12 +154,25 @@ def _(gy, u, delta, A, *args, out_shape=None, **kwargs) -> int:
     return 2 * _scan_flops(u[0] * u[1] * u[2], A[1])
 
 
+@register_flop_formula(torch.ops.vmamba.depthwise_conv3x3)
+def _(x, weight, *args, out_shape=None, **kwargs) -> int:
+    return 2 * 9 * math.prod(x)
+
+
+@register_flop_formula(torch.ops.vmamba.depthwise_conv3x3_backward)
+def _(gy, x, weight, *args, out_shape=None, **kwargs) -> int:
+    # as torch counts a convolution's: the gradients of x and of the weight
+    return 2 * 2 * 9 * math.prod(x)
+
+
 def _one_by_one(function: type[torch.autograd.Function], size: int, in_dims: tuple, args: tuple) -> Any:
     """vmap by a loop over the mapped dimension: right for every choice of mapped arguments."""
     entries = [
         function.apply(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
         for i in range(size)
     ]
+    if isinstance(entries[0], Tensor):
+        return torch.stack(entries), 0
     outputs = tuple(torch.stack(parts) for parts in zip(*entries, strict=True))
     return outputs, (0,) * len(outputs)
 
@@ -238,3 +284,52 @@ class SelectiveScanGradient(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return _one_by_one(SelectiveScanGradient, info.batch_size, in_dims, args)
+
+
+class DepthwiseConv3x3(torch.autograd.Function):
+    """`vmamba::depthwise_conv3x3` with gradients: (x, weight, bias, activation, backend) -> y."""
+
+    @staticmethod
+    def forward(x, weight, bias, activation, backend):
+        return torch.ops.vmamba.depthwise_conv3x3(x, weight, bias, activation, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, ctx.activation, ctx.backend = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gy):
+        gx, gweight, gbias = DepthwiseConv3x3Gradient.apply(gy, *ctx.saved_tensors, ctx.activation, ctx.backend)
+        return gx, gweight, None if ctx.saved_tensors[2] is None else gbias, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        if any(dim is not None for dim in in_dims[1:3]):
+            return _one_by_one(DepthwiseConv3x3, info.batch_size, in_dims, args)
+        # only images are mapped: one call with all of them
+        x = args[0].movedim(in_dims[0], 0)
+        return DepthwiseConv3x3.apply(x.flatten(0, 1), *args[1:]).unflatten(0, x.shape[:2]), 0
+
+
+class DepthwiseConv3x3Gradient(torch.autograd.Function):
+    """`vmamba::depthwise_conv3x3_backward`, with a vmap and a clear refusal of second derivatives."""
+
+    @staticmethod
+    def forward(gy, x, weight, bias, activation, backend):
+        return torch.ops.vmamba.depthwise_conv3x3_backward(gy, x, weight, bias, activation, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            "the backward of this convolution cannot be differentiated again: for second derivatives use "
+            "backend='portable', which is torch's own convolution"
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _one_by_one(DepthwiseConv3x3Gradient, info.batch_size, in_dims, args)
