@@ -30,6 +30,11 @@ BF16_UNITS = 2 if INTERPRETED else 1
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def _fp32_is_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="module")
 def kernels():
     from vmamba.ops.triton_backend import dwconv

@@ -24,6 +24,7 @@ Names: o_* offsets, b_* blocks in registers, i_* indices, m_* masks. Letters as 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -282,16 +283,22 @@ def _taps(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
+def _on_its_device(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, flip: bool, tile: Tile) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
     x, pitch = _pitched(x)
     plan = _Plan(x, pitch, tile)
-    conv_forward_kernel[plan.grid](
-        x, taps, taps if bias is None else bias, y, *plan.sizes,
-        FLIP=flip, SILU=silu, HAS_BIAS=bias is not None, **plan.constants,
-    )  # fmt: skip
+    with _on_its_device(x):
+        conv_forward_kernel[plan.grid](
+            x, taps, taps if bias is None else bias, y, *plan.sizes,
+            FLIP=flip, SILU=silu, HAS_BIAS=bias is not None, **plan.constants,
+        )  # fmt: skip
     return y
 
 
@@ -317,10 +324,11 @@ def conv_backward(
     gpre = torch.empty_like(gy) if silu else gy
     plan = _Plan(x, pitch, tile)
     partials = torch.empty((plan.shares, 10, plan.W, plan.E), dtype=plan.sum_dtype, device=x.device)
-    conv_backward_kernel[plan.grid](
-        gy, x, taps, taps if bias is None else bias, gpre, partials, *plan.sizes,
-        SILU=silu, HAS_BIAS=bias is not None, **plan.constants,
-    )  # fmt: skip
+    with _on_its_device(x):
+        conv_backward_kernel[plan.grid](
+            gy, x, taps, taps if bias is None else bias, gpre, partials, *plan.sizes,
+            SILU=silu, HAS_BIAS=bias is not None, **plan.constants,
+        )  # fmt: skip
     gx = _convolve(gpre, taps, None, False, True, tile_gx)
     sums = partials.sum((0, 2))  # (10, E)
     return gx, sums[:9].t().reshape(weight.shape).to(weight.dtype), sums[9].to(weight.dtype)
