@@ -1,0 +1,93 @@
+"""Bar charts of measured figures, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .._extras import require
+from .._files import write_aside
+
+__all__ = ["Bar", "Panel", "save_bars"]
+
+# Okabe and Ito's colours: told apart by every common kind of colour vision, and in grey by their lightness
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
+
+class Bar(NamedTuple):
+    """One bar: its group and series, its length with the range of the samples, or why there is none."""
+
+    group: str
+    series: str
+    value: float | None
+    low: float = 0.0
+    high: float = 0.0
+    note: str = ""
+
+
+class Panel(NamedTuple):
+    """One set of axes. unit: of the values, with what is better. bars: in the order in which they stand."""
+
+    title: str
+    unit: str
+    bars: Sequence[Bar]
+
+
+def save_bars(panels: Sequence[Panel], heading: str, footnote: str, path: Path) -> None:
+    """Draw horizontal bars, one panel beneath the other, each bar with its value; whiskers from least to most.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        OSError: the file could not be written.
+    """
+    figure_module = require("matplotlib.figure", "train")
+    series = list(dict.fromkeys(bar.series for panel in panels for bar in panel.bars))
+    heights = [0.9 + 0.3 * len(panel.bars) for panel in panels]
+    # a bare Figure draws with Agg and leaves pyplot's global state alone
+    figure = figure_module.Figure(figsize=(9.5, sum(heights) + 1.5), layout="constrained")
+    figure.suptitle(heading, fontsize=11)
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel in zip(grid, panels, strict=True):
+        _draw(axes, panel, series)
+    figure.supxlabel(footnote, fontsize=7)
+    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _draw(axes, panel: Panel, series: list[str]) -> None:
+    longest = max((bar.high for bar in panel.bars if bar.value is not None), default=1.0)
+    groups: dict[str, list[float]] = {}
+    named = set()
+    y = 0.0
+    for bar in panel.bars:
+        if groups and bar.group not in groups:
+            y += 0.5  # air between groups
+        groups.setdefault(bar.group, []).append(y)
+        if bar.value is None:
+            axes.text(0.01 * longest, y, f"{bar.series}: {bar.note}", va="center", fontsize=7)
+        else:
+            axes.barh(
+                y,
+                bar.value,
+                height=0.85,
+                color=COLOURS[series.index(bar.series) % len(COLOURS)],
+                label=None if bar.series in named else bar.series,
+                xerr=[[bar.value - bar.low], [bar.high - bar.value]],
+                error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "black"},
+            )
+            named.add(bar.series)
+            axes.text(bar.high + 0.012 * longest, y, _short(bar.value), va="center", fontsize=8)
+        y += 1
+    axes.set_yticks([sum(ys) / len(ys) for ys in groups.values()], list(groups), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * longest)
+    axes.set_title(panel.title, fontsize=10, loc="left")
+    axes.set_xlabel(panel.unit, fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if named:
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
