@@ -119,9 +119,13 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "dtype": "float32",
     }
-    figures = operator_figures() | network_figures()
-    for name, value in (machine | figures).items():
-        print(f"{name:44}", f"{value:10.2f}" if isinstance(value, float) else value)
+    for name, value in machine.items():
+        print(f"{name:44} {value}")
+    figures: dict[str, float] = {}
+    for part in (operator_figures, network_figures):
+        for name, value in part().items():
+            figures[name] = value
+            print(f"{name:44} {value:10.2f}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
 

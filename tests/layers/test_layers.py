@@ -9,6 +9,7 @@ from torch import nn
 
 from vmamba.layers import DOWNSAMPLES, SS2D, SSM_INITS, SSM_OUT_NORMS, STEMS, VSSBlock, init_ssm_, make_mlp
 from vmamba.layers.head import ClassifierHead
+from vmamba.layers.norm import BranchNorm
 
 SIZES = [(32, 32), (33, 47), (32, 100), (70, 54)]
 
@@ -167,3 +168,17 @@ def test_blocks_keep_channels_last_without_copies() -> None:
     layers(torch.randn(2, 3, 48, 40))
     assert len(seen) > 10
     assert [name for name, contiguous in seen if not contiguous] == []
+
+
+def test_a_branch_norm_gives_autocasts_dtype_and_the_sum_stays_in_fp32() -> None:
+    norm = BranchNorm(8)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 4, 8)
+    plain = torch.nn.functional.layer_norm(x, (8,), norm.weight, norm.bias)
+    assert torch.equal(norm(x), plain)
+    block = VSSBlock(8, SS2D(8), make_mlp(8, 2.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = norm(x)
+        assert low.dtype == torch.bfloat16
+        assert block(x).dtype == torch.float32
+    torch.testing.assert_close(low.float(), plain, rtol=2e-2, atol=2e-2)

@@ -6,6 +6,7 @@ from timm.layers import DropPath, GluMlp, Mlp
 from torch import Tensor, nn
 
 from .act import ACTIVATIONS
+from .norm import BranchNorm
 
 __all__ = ["VSSBlock", "make_mlp"]
 
@@ -34,10 +35,10 @@ class VSSBlock(nn.Module):
     ):
         super().__init__()
         self.post_norm = post_norm
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm = BranchNorm(dim, device=device, dtype=dtype)
         self.ssm = ssm
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, device=device, dtype=dtype) if mlp is not None else None
+        self.norm2 = BranchNorm(dim, device=device, dtype=dtype) if mlp is not None else None
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:

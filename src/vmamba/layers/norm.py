@@ -1,15 +1,36 @@
-"""What may normalise the scan's output (B, H, W, E), by the names a configuration uses.
+"""The LayerNorm inside a branch, and what may normalise the scan's output (B, H, W, E), by the configuration's names.
 
 Source: VMamba (arXiv 2401.10166), the ablation of the normalisation after SS2D.
 """
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv import ConvNHWC
 
-__all__ = ["SSM_OUT_NORMS"]
+__all__ = ["SSM_OUT_NORMS", "BranchNorm"]
+
+
+class BranchNorm(nn.LayerNorm):
+    """LayerNorm over channels whose result, under autocast, has autocast's dtype. Shapes as in `nn.LayerNorm`.
+
+    Autocast runs a LayerNorm in fp32 and returns fp32, which the linear layer after it casts down again: three times
+    the bytes for numbers that are rounded all the same. torch's kernel computes mean and variance in fp32 for any
+    input. The sum that the branches are added to stays in fp32 under autocast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return F.layer_norm(
+                x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps
+            )
 
 
 class DepthwiseConvNorm(nn.Module):
@@ -28,7 +49,7 @@ class ConvolvedLayerNorm(DepthwiseConvNorm):
 
     def __init__(self, channels: int, device=None, dtype=None):
         super().__init__(channels, device, dtype)
-        self.norm = nn.LayerNorm(channels, device=device, dtype=dtype)
+        self.norm = BranchNorm(channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.norm(x))
@@ -43,7 +64,7 @@ class SpatialSoftmax(nn.Module):
 
 # name -> callable (channels, device=, dtype=) giving the module
 SSM_OUT_NORMS = {
-    "layernorm": nn.LayerNorm,
+    "layernorm": BranchNorm,
     "none": lambda channels, device=None, dtype=None: nn.Identity(),
     "dwconv3": DepthwiseConvNorm,
     "cnorm": ConvolvedLayerNorm,
