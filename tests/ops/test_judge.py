@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
+from vmamba.ops import convolution
 from vmamba.ops.dispatch import BACKENDS
 from vmamba.ops.judge import TOLERANCE, judge
 
@@ -32,18 +32,33 @@ def test_the_portable_backend_is_right(dtype):
 
 @pytest.mark.parametrize(
     ("changes", "where"),
-    [({"forward": 1.001}, "y"), ({"backward": 0.999}, "gx"), ({"forward": float("nan")}, "y")],
+    [({"forward": 1.001}, "y"), ({"backward": 0.999}, "gradient of x"), ({"forward": float("nan")}, "y")],
     ids=["output", "gradient", "nan"],
 )
 def test_a_wrong_backend_is_found(monkeypatch, changes, where):
     monkeypatch.setitem(BACKENDS, "off", scaled(BACKENDS["portable"], **changes))
     verdict = judge("off")
     assert not verdict.right
-    assert verdict.where.startswith(where + ",")
+    assert verdict.where.startswith(where + " of the scan")
     assert "WRONG" in str(verdict)
 
 
-def test_a_backend_that_raises_is_a_verdict():
-    verdict = judge("none such")
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_a_convolution_of_its_own_is_judged_too(monkeypatch, factor):
+    def conv_forward(*arguments):
+        return factor * convolution.conv(*arguments)
+
+    monkeypatch.setitem(BACKENDS, "own", BACKENDS["portable"]._replace(conv_forward=conv_forward))
+    verdict = judge("own")
+    assert verdict.right == (factor == 1)
+    assert verdict.right or verdict.where == "y of the convolution"
+
+
+def test_a_backend_that_raises_is_a_verdict(monkeypatch):
+    def ss2d_forward(*arguments):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setitem(BACKENDS, "broken", BACKENDS["portable"]._replace(ss2d_forward=ss2d_forward))
+    verdict = judge("broken")
     assert not verdict.right
-    assert "unknown backend 'none such'" in str(verdict)
+    assert "no such instruction" in str(verdict)

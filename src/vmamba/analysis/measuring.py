@@ -152,6 +152,11 @@ def own_random_numbers(device: torch.device) -> Iterator[None]:
         yield
 
 
+def as_current(device: torch.device) -> contextlib.AbstractContextManager:
+    """`device` as the current CUDA device, which events and streams belong to."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def checked_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one, else the CPU.
 

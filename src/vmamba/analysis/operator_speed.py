@@ -17,6 +17,7 @@ from .measuring import (
     Round,
     Step,
     Stopwatch,
+    as_current,
     checked_device,
     environment,
     free_memory,
@@ -198,7 +199,7 @@ def measure_operator(
     dtype = DTYPES[settings.dtype]
     names = [name for name, status in backends(device).items() if status.available]
     facts = environment(device)
-    with numeric_flags(settings.tf32), own_random_numbers(device), torch.no_grad():
+    with as_current(device), numeric_flags(settings.tf32), own_random_numbers(device), torch.no_grad():
         progress("judging the backends")
         verdicts = {name: judge(name, device, dtype) for name in names}
         progress("copying, for the bandwidth")
@@ -320,7 +321,8 @@ def _captured(calls: list[Step], device: torch.device) -> Step:
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # a capture that fails would leave its own stream the current one
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
     return graph.replay

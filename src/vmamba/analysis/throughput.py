@@ -22,6 +22,7 @@ from .measuring import (
     Measurement,
     Round,
     Stopwatch,
+    as_current,
     checked_device,
     environment,
     free_memory,
@@ -214,7 +215,7 @@ def measure_models(
             _check_name(name)
     facts = environment(device)
     weights, autocast = DTYPES[settings.dtype]
-    with numeric_flags(settings.tf32), own_random_numbers(device), _compiles_every_case():
+    with as_current(device), numeric_flags(settings.tf32), own_random_numbers(device), _compiles_every_case():
         progress("judging the scan")
         report = ModelReport(settings, facts, judge(facts["scan_backend"], device, autocast or weights))
         for task in settings.tasks:

@@ -1,13 +1,16 @@
-"""Is a backend right? Its 2-D scan on small random problems, held to the reference in fp64: output and every gradient."""
+"""Is a backend right? What a network runs of it, on small random problems against fp64, outputs and every gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .library import SS2DScan
+from . import convolution
+from .dispatch import BACKENDS
+from .library import DepthwiseConv3x3, SS2DScan
 from .reference import ss2d_scan_reference
 
 __all__ = ["TOLERANCE", "Verdict", "error", "judge"]
@@ -16,8 +19,6 @@ __all__ = ["TOLERANCE", "Verdict", "error", "judge"]
 # fp32: ten roundings of 1.2e-7, what the reference loses in fp32 on small problems. bf16, fp16: one rounding of the
 # result.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-
-_NAMES = ("y", "gx", "gp", "gdt_weight", "gdt_bias", "gA", "gD")
 
 
 def error(out: Tensor, reference: Tensor) -> float:
@@ -49,57 +50,89 @@ class Verdict(NamedTuple):
         return f"{subject} {outcome} against the fp64 reference: {figures}"
 
 
+class Trial(NamedTuple):
+    """One problem: a backend's operator, what defines it, and its inputs by name."""
+
+    title: str
+    operator: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: dict[str, Tensor]
+    gy: Tensor
+
+
 def judge(backend: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Verdict:
-    """Hold one backend to the reference on two small problems, N = 1 and N = 16, of an awkward size.
+    """Hold one backend to the references: its 2-D scan, and its depthwise convolution if it has one of its own.
 
     Args:
         backend: a name in `vmamba.ops.backends(device)`.
-        device: where it runs; the reference runs on the CPU.
-        dtype: of x and p, a key of `TOLERANCE`; weights are fp32 (fp64 for fp64).
+        device: where it runs; the references run on the CPU.
+        dtype: of images, a key of `TOLERANCE`; the scan's weights are fp32 (fp64 for fp64).
 
     Returns:
-        the worst of output and gradients over both problems. What the backend raises is told in the verdict.
+        the worst of outputs and gradients over all problems. What the backend raises is told in the verdict.
     """
-    worst = Verdict(backend, _name(dtype), 0.0, "y", TOLERANCE[dtype])
-    for N in (1, 16):
-        problem, gy = _problem(N, dtype)
-        wanted = _results(lambda *inputs: ss2d_scan_reference(*inputs, "cross2d"), [t.double() for t in problem], gy)
-        try:
-            found = _results(
-                lambda *inputs: SS2DScan.apply(*inputs, "cross2d", backend, True)[0], [t.to(device) for t in problem], gy
-            )
-        # a kernel can fail in any way, and a verdict is asked for, not an end
-        except Exception as exception:
-            return worst._replace(error=float("inf"), raised=f"{type(exception).__name__}: {exception}")
-        for name, out, reference in zip(_NAMES, found, wanted, strict=True):
-            if (e := error(out.cpu(), reference)) > worst.error:
-                worst = worst._replace(error=e, where=f"{name}, N = {N}")
+    worst = Verdict(backend, _name(dtype), 0.0, "", TOLERANCE[dtype])
+    try:
+        for trial in _trials(backend, dtype):
+            inputs = trial.inputs.values()
+            found = _results(trial.operator, [t.to(device) for t in inputs], trial.gy)
+            wanted = _results(trial.reference, [t.double() for t in inputs], trial.gy)
+            names = ("y", *(f"gradient of {name}" for name in trial.inputs))
+            for name, out, reference in zip(names, found, wanted, strict=True):
+                if (e := error(out.cpu(), reference)) >= worst.error:
+                    worst = worst._replace(error=e, where=f"{name} of {trial.title}")
+    # a kernel can fail in any way, and a verdict is asked for, not an end
+    except Exception as exception:
+        return worst._replace(error=float("inf"), raised=f"{type(exception).__name__}: {exception}")
     return worst
+
+
+def _trials(backend: str, dtype: torch.dtype) -> Iterator[Trial]:
+    """Sizes that no tile divides and one that tiles do, with steps and decays as in a trained network."""
+    for N, sides, E in ((1, (7, 13), 40), (1, (16, 16), 64), (16, (7, 13), 40)):
+        B, R, K = 2, 3, 4
+        generator = torch.Generator().manual_seed(N)
+        x, p, gy = (_randn(generator, B, *sides, c).to(dtype) for c in (E, K * (R + 2 * N), E))
+        weights = {
+            "dt_weight": 0.3 * _randn(generator, K, E, R),
+            "dt_bias": _randn(generator, K, E) - 2,
+            "A": -4 * torch.rand(K * E, N, generator=generator, dtype=torch.float64) - 0.1,
+            "D": _randn(generator, K * E),
+        }
+        weights = {name: t.to(torch.promote_types(dtype, torch.float32)) for name, t in weights.items()}
+        yield Trial(
+            f"the scan, {sides[0]} x {sides[1]} x {E}, N = {N}",
+            lambda *inputs: SS2DScan.apply(*inputs, "cross2d", backend, True)[0],
+            lambda *inputs: ss2d_scan_reference(*inputs, "cross2d"),
+            {"x": x, "p": p, **weights},
+            gy,
+        )
+    if BACKENDS[backend].conv_forward is convolution.conv:
+        return
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, gy = (
+        _randn(generator, *s).to(dtype) for s in ((2, 7, 13, 40), (40, 1, 3, 3), (40,), (2, 7, 13, 40))
+    )
+    yield Trial(
+        "the convolution",
+        lambda *inputs: DepthwiseConv3x3.apply(*inputs, "silu", backend),
+        lambda *inputs: convolution.conv(*inputs, "silu"),
+        {"x": x, "weight": weight, "bias": bias},
+        gy,
+    )
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _problem(N: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """(x, p, dt_weight, dt_bias, A, D) and the gradient of y: sizes that no tile divides, decays of a trained model."""
-    B, H, W, E, R, K = 2, 7, 13, 40, 3, 4
-    generator = torch.Generator().manual_seed(N)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    pixels = [randn(B, H, W, E), randn(B, H, W, K * (R + 2 * N))]
-    decay = -4 * torch.rand(K * E, N, generator=generator, dtype=torch.float64) - 0.1
-    weights = [0.3 * randn(K, E, R), randn(K, E) - 2, decay, randn(K * E)]
-    weights_dtype = torch.promote_types(dtype, torch.float32)
-    problem = [t.to(dtype) for t in pixels] + [t.to(weights_dtype) for t in weights]
-    return problem, randn(B, H, W, E).to(dtype)
+def _randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def _results(scan, inputs: list[Tensor], gy: Tensor) -> tuple[Tensor, ...]:
-    """y and its gradients with respect to the six inputs."""
+def _results(operator: Callable[..., Tensor], inputs: list[Tensor], gy: Tensor) -> tuple[Tensor, ...]:
+    """y and its gradients with respect to the inputs."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in inputs]
-        y = scan(*leaves)
+        y = operator(*leaves)
         return (y.detach(), *torch.autograd.grad(y, leaves, gy.to(y)))
