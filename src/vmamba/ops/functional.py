@@ -216,8 +216,8 @@ def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor 
     """The three in autocast's dtype, but for fp64, where it is enabled; else an error if their dtypes differ."""
     tensors = [x, weight, bias]
     device_type = x.device.type
-    # asking "meta", which has no autocast, whether it is enabled would raise
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    # "meta" has no autocast, and to ask whether it is enabled would raise
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
     for name, tensor in zip(("weight", "bias"), tensors[1:], strict=True):
