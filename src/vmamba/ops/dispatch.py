@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import convolution, portable
+from . import convolution, portable, triton_backend
 
 __all__ = ["BACKENDS", "Backend", "BackendStatus", "backends", "choose"]
 
@@ -65,6 +65,17 @@ def _no_states(like: Tensor) -> Tensor:
 
 # The first available one is the automatic choice.
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(
+        unavailable=triton_backend.unavailable,
+        ss2d_states=triton_backend.ss2d_states,
+        ss2d_forward=triton_backend.ss2d_forward,
+        ss2d_backward=triton_backend.ss2d_backward,
+        scan_states=lambda u, A, B: (0,),
+        scan_forward=_portable_scan_forward,
+        scan_backward=_portable_scan_backward,
+        conv_forward=triton_backend.conv_forward,
+        conv_backward=triton_backend.conv_backward,
+    ),
     "portable": Backend(
         unavailable=lambda device_type: None,
         ss2d_states=lambda x, A, routes: (0,),
@@ -119,7 +130,8 @@ def choose(name: str, device_type: str) -> str:
         for candidate, backend in BACKENDS.items():
             reason = backend.unavailable(device_type)
             if reason is None:
-                if passed_over and device_type != "cpu" and (candidate, device_type) not in _said:
+                # nobody expects kernels on the CPU, and nothing runs on "meta"
+                if passed_over and device_type not in ("cpu", "meta") and (candidate, device_type) not in _said:
                     _said.add((candidate, device_type))
                     warnings.warn(
                         f"vmamba runs its operators on {device_type} with the slower {candidate!r} backend, because "

@@ -1,0 +1,63 @@
+"""The Triton backend, for CUDA devices: fused kernels for SS2D and its convolution. Only these files import
+triton, and at the first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+__all__ = ["conv_backward", "conv_forward", "ss2d_backward", "ss2d_forward", "ss2d_states", "unavailable"]
+
+# asked once, here: torch.compile of torch 2.10 cannot trace the question
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+STEPS = 16  # of a tile: the rows of the smallest tensor-core product
+
+# States are kept for backward up to this N. A state before each tile is for N = 1 half the memory of x in bf16, for N = 16
+# eight times x: there the backward walks forward once more instead.
+_KEPT_N = 2
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the kernels cannot run on a device of that type, or None if they can."""
+    if device_type != "cuda":
+        return f"its kernels run on CUDA devices, not on {device_type}"
+    if not _INSTALLED:
+        return "the package triton is not installed"
+    return None
+
+
+def ss2d_states(x: Tensor, A: Tensor, routes: str) -> tuple[int, ...]:
+    """Shape of the states kept for backward: (B, K, T, N, E), one before each of the T tiles of a walk; (0,) for none."""
+    B, H, W, E = x.shape
+    KE, N = A.shape
+    if N > _KEPT_N or x.dtype == torch.float64:
+        return (0,)
+    return (B, KE // E, (H * W + STEPS - 1) // STEPS, N, E)
+
+
+def ss2d_forward(x, p, dt_weight, dt_bias, A, D, routes, keep):
+    from . import ss2d
+
+    return ss2d.ss2d_forward(x, p, dt_weight, dt_bias, A, D, routes, keep and A.shape[1] <= _KEPT_N)
+
+
+def ss2d_backward(gy, x, p, dt_weight, dt_bias, A, D, states, routes):
+    from . import ss2d
+
+    return ss2d.ss2d_backward(gy, x, p, dt_weight, dt_bias, A, D, states, routes)
+
+
+def conv_forward(x, weight, bias, activation):
+    from . import dwconv
+
+    return dwconv.conv_forward(x, weight, bias, activation)
+
+
+def conv_backward(gy, x, weight, bias, activation):
+    from . import dwconv
+
+    return dwconv.conv_backward(gy, x, weight, bias, activation)
