@@ -236,22 +236,22 @@ def _cascade(
     back to its pixels: a quirk of the official code that its ablation's weights were trained with, kept for parity.
     """
     K, E, R = dt_weight.shape
+    N = A.shape[1]
     A, D = A.unflatten(0, (K, E)), D.unflatten(0, (K, E))
     # rows of the image as it lies, then rows of its transpose
     for routes in (slice(0, 2), slice(2, 4)):
         x = F.layer_norm(x, (E,), eps=1e-5)
         batch, height = x.shape[:2]
-        sequences = x.flatten(0, 1)
-        both_ways = torch.stack([sequences, sequences.flip(1)], dim=1)  # (B*H, 2, W, E)
-        p = torch.einsum("bkle,kce->bkcl", both_ways, x_proj_weight[routes].to(both_ways.dtype))
-        code, B, C = p.split([R, A.shape[2], A.shape[2]], dim=2)
-        delta = torch.einsum("bkrl,ker->bkel", code, dt_weight[routes].to(code.dtype))
+        sequences = x.flatten(0, 1)  # (B*H, W, E)
+        both_ways = (sequences, sequences.flip(1))
+        codes = [F.linear(u, w).split([R, N, N], dim=-1) for u, w in zip(both_ways, x_proj_weight[routes], strict=True)]
+        deltas = [F.linear(code, w) for (code, _, _), w in zip(codes, dt_weight[routes], strict=True)]
         y = selective_scan(
-            both_ways.transpose(2, 3).flatten(1, 2),
-            delta.flatten(1, 2),
+            torch.cat(both_ways, dim=-1).transpose(1, 2),
+            torch.cat(deltas, dim=-1).transpose(1, 2),
             A[routes].flatten(0, 1),
-            B,
-            C,
+            torch.stack([B.transpose(1, 2) for _, B, _ in codes], dim=1),
+            torch.stack([C.transpose(1, 2) for _, _, C in codes], dim=1),
             D[routes].flatten(),
             delta_bias=dt_bias[routes].flatten(),
             delta_softplus=True,
