@@ -16,8 +16,8 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 
 STEPS = 16  # of a tile: the rows of the smallest tensor-core product
 
-# States are kept for backward up to this N. A state before each tile is for N = 1 half the memory of x in bf16, for N = 16
-# eight times x: there the backward walks forward once more instead.
+# States are kept for backward up to this N. A state before each tile is for N = 1 half the memory of x in bf16, for N
+# = 16 eight times x: there the backward walks forward once more instead.
 _KEPT_N = 2
 
 
@@ -31,10 +31,8 @@ def unavailable(device_type: str) -> str | None:
 
 
 def ss2d_states(x: Tensor, A: Tensor, routes: str) -> tuple[int, ...]:
-    """Shape of the states kept for backward: (B, K, T, N, E), one before each of the T tiles of a walk; (0,) for none."""
-    B, H, W, E = x.shape
-    KE, N = A.shape
-    if N > _KEPT_N or x.dtype == torch.float64:
+    """Shape of the states kept for backward: (B, K, T, N, E), one before each of the T tiles of a walk; (0,) for
+    none.""" B, H, W, E = x.shape KE, N = A.shape if N > _KEPT_N or x.dtype == torch.float64:
         return (0,)
     return (B, KE // E, (H * W + STEPS - 1) // STEPS, N, E)
 
