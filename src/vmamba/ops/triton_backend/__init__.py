@@ -31,8 +31,10 @@ def unavailable(device_type: str) -> str | None:
 
 
 def ss2d_states(x: Tensor, A: Tensor, routes: str) -> tuple[int, ...]:
-    """Shape of the states kept for backward: (B, K, T, N, E), one before each of the T tiles of a walk; (0,) for
-    none.""" B, H, W, E = x.shape KE, N = A.shape if N > _KEPT_N or x.dtype == torch.float64:
+    """Shape of the states kept for backward: (B, K, T, N, E), one before each of a walk's T tiles; (0,) for none."""
+    B, H, W, E = x.shape
+    KE, N = A.shape
+    if N > _KEPT_N or x.dtype == torch.float64:
         return (0,)
     return (B, KE // E, (H * W + STEPS - 1) // STEPS, N, E)
 
