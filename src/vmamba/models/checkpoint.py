@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from .._files import write_aside
 from .keymap import is_official, is_ours, state_to_official, state_to_ours
 from .vmamba import FeatureGetter, resize_pos_embed
 
@@ -249,14 +249,13 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def _write(path: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """Call `write` with a name beside `path`, then give that file its name."""
-    path = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            aside = os.path.join(folder, path.name)
+def _write(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """`write_aside` for writers that report a full disk as safetensors does, in an error of its own."""
+
+    def write_or_oserror(aside: Path) -> None:
+        try:
             write(aside)
-            os.replace(aside, path)
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        # torch and safetensors report a full disk each in its own way
-        raise OSError(f"cannot write {path} (what was there before is untouched): {error}") from error
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_aside(path, write_or_oserror)
