@@ -84,8 +84,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes make the unpickler raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged or no checkpoint of this package: {reason}") from error
+        # its kind, not its text: torch's advises to switch the protection off
+        raise ValueError(
+            f"{path} is damaged or no checkpoint of this package ({type(error).__name__}): take another file, such as "
+            f"checkpoints/last.ckpt of the run"
+        ) from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
     return contents
