@@ -118,7 +118,7 @@ def _forward_shapes(J: int, S: int, B: int, M: int, E: int) -> list[tuple[int, .
 
 
 def _walk_forward(
-    X: Tensor,
+    X: Tensor | Sequence[Tensor],
     delta: Tensor,
     A: Tensor,
     Bs: Tensor,
@@ -128,11 +128,12 @@ def _walk_forward(
     reverse: bool,
     last_state: Tensor | None = None,
 ) -> None:
-    """Add sum over n of C_n h_n to y (J, S, B, M, E); fill last_state (J, N, B, E) when given."""
+    """Add sum over n of C_n h_n to y (J, S, B, M, E); fill last_state (J, N, B, E) when given. X may be J views."""
     J, E = A.shape[0], A.shape[2]
     du, decay, h = scratch
     now = h[:, :-1] if reverse else h[:, 1:]
-    torch.mul(delta, X, out=du)
+    for delta_j, X_j, du_j in zip(delta, X, du, strict=True):
+        torch.mul(delta_j, X_j, out=du_j)
     delta_sum = delta.sum(1)
     for n in range(A.shape[1]):
         log2_decay = A[:, n].view(J, 1, 1, 1, E) * _LOG2E
@@ -295,8 +296,8 @@ def _softplus(z: Tensor, out: Tensor, work: Sequence[Tensor]) -> None:
     torch.abs(z, out=s).mul_(-_LOG2E).exp2_()
     s.div_(torch.add(s, 2, out=square))
     torch.mul(s, s, out=square)
-    *lower, last = (z.new_tensor([c]) for c in _ATANH)
-    out.copy_(last)
+    *lower, next_to_last, _ = z.new_tensor(_ATANH).split(1)
+    torch.add(next_to_last, square, alpha=_ATANH[-1], out=out)
     for coefficient in reversed(lower):
         torch.addcmul(coefficient, out, square, out=out)
     torch.addcmul(torch.clamp(z, min=0, out=square), out, s, value=2, out=out)
@@ -327,11 +328,11 @@ def ss2d_forward(x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Te
     for x_i, p_i, out_i in zip(x.split(block), p.split(block), out.split(block), strict=True):
         x_i = x_i.to(dtype)
         shape = (J, S, len(x_i), M, E)
-        X, P, y, z, delta, *scratch = _scratch.take(
-            x_i,
-            [(different, *shape[1:]), (different, *shape[1:4], p.shape[-1]), *[shape] * 3, *_forward_shapes(*shape)],
+        P, y, z, delta, *scratch = _scratch.take(
+            x_i, [(different, *shape[1:4], p.shape[-1]), *[shape] * 3, *_forward_shapes(*shape)]
         )
-        X = walks.of_route(walks.lay_out(grid, x_i, X))
+        # read once for each direction: a view costs less than a copy
+        X = [grid.to_walk(x_i, order) for order in walks.orders]
         P = walks.lay_out(grid, p_i, P)
         y.zero_()
         for d, reverse in enumerate(walks.directions):
