@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmamba.ops import ss2d
+from vmamba.ops.dispatch import BACKENDS
+
+from .test_dwconv import interpreter_unusable
+from .test_functional import ss2d_arguments
+
+
+def test_on_the_cpu_it_is_a_clear_error():
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu: .*CUDA.*Available there: .*portable"):
+        ss2d(*ss2d_arguments(dtype=torch.float32), backend="triton")
+
+
+def test_importing_the_package_imports_no_kernels():
+    """torch may import triton itself; ours must not."""
+    code = (
+        "import sys, vmamba.ops; vmamba.ops.backends('cpu'); sys.exit('vmamba.ops.triton_backend.ss2d' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_states_are_kept_where_there_are_few():
+    x = torch.empty(2, 7, 5, 6)
+    states = BACKENDS["triton"].ss2d_states
+    assert states(x, torch.empty(24, 1), "cross2d") == (2, 4, 3, 1, 6)
+    assert states(x, torch.empty(24, 16), "cross2d") == (0,)
+    assert states(x.double(), torch.empty(24, 1), "cross2d") == (0,)
+
+
+@pytest.mark.skipif(interpreter_unusable() is not None, reason=str(interpreter_unusable()))
+def test_the_kernels_through_tritons_interpreter():
+    """In a process of its own: Triton asks whether to interpret when it is imported."""
+    tests = Path(__file__).with_name("test_triton_ss2d.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-1000:]
