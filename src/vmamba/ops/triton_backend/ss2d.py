@@ -71,7 +71,7 @@ class _Plan:
             # one warp a program: next to no barriers, and programs enough
             "num_warps": 1,
             "num_stages": 1,
-            # stages 1 and 2: all programs at once, where 172 registers made two rounds of them, the second nearly
+            # stages 1 and 2: all programs at once, where 176 registers made two rounds of them, the second nearly
             # empty. With a larger weight the limit would only spill.
             "maxnreg": 168 if columns == 16 and self.N == 1 else None,
         }
