@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared"  # large optional data, beside the repository
@@ -17,6 +19,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("optional data: there is no folder `shared` beside the repository")
     return SHARED
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch: on a busy machine small models are many times slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

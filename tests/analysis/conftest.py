@@ -1,16 +1,12 @@
 import pytest
-import torch
 
 from vmamba import VMamba
 from vmamba.ops.dispatch import BACKENDS
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """For every test here."""
 
 
 @pytest.fixture

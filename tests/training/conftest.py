@@ -1,17 +1,13 @@
 """A run small enough to repeat: three classes of eight tiny photos, a VMamba of a few thousand parameters."""
 
 import pytest
-import torch
 
 from vmamba.training import resolve
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """For every test here."""
 
 
 @pytest.fixture
