@@ -12,7 +12,8 @@ from torch import Tensor
 from .. import portable
 from ..routes import ROUTES
 from . import STEPS
-from . import ss2d_kernels as kernels
+from .ss2d_backward_kernels import merge_code_kernel, ss2d_backward_kernel
+from .ss2d_forward_kernels import merge_kernel, ss2d_forward_kernel, table_kernel
 
 __all__ = ["ss2d_backward", "ss2d_forward"]
 
@@ -90,7 +91,7 @@ class _Plan:
     def table(self, like: Tensor) -> Tensor:
         """(K, steps): the pixel at each step of each route. Made anew each time, 2 us: nothing outlives the call."""
         table = torch.empty((self.K, self.steps), dtype=torch.int32, device=like.device)
-        kernels.table_kernel[(-(-self.steps // 256),)](
+        table_kernel[(-(-self.steps // 256),)](
             table, self.H, self.W, self.L, self.steps, K=self.K, ROUTES=self.route_bits, BLOCK=256
         )
         return table
@@ -102,14 +103,14 @@ class _Plan:
         C = min(256, triton.next_power_of_2(self.E))
         pixels = 4096 // C
         grid = (self.B * -(-self.L // pixels), -(-self.E // C))
-        kernels.merge_kernel[grid](
+        merge_kernel[grid](
             parts, y, self.H, self.W, self.L, self.steps, K=self.K, E=self.E, ROUTES=self.route_bits, PIXELS=pixels, C=C
         )
 
     def merge_code(self, parts: Tensor, gp: Tensor) -> None:
         """gp (B, H, W, K*Q) = the sum over channel blocks of parts (n_c, B, K, steps, Q)."""
         Q = self.R + 2 * self.N
-        kernels.merge_code_kernel[(self.B * -(-self.L // 32),)](
+        merge_code_kernel[(self.B * -(-self.L // 32),)](
             parts, gp, self.B, self.H, self.W, self.L, self.steps,
             K=self.K, Q=Q, QP=triton.next_power_of_2(Q), n_parts=self.n_c, ROUTES=self.route_bits, PIXELS=32,
         )  # fmt: skip
@@ -146,10 +147,10 @@ def ss2d_forward(
         parts = torch.empty((B, K, plan.steps, E), dtype=x.dtype, device=x.device)
         arguments = (x, p, *weights, plan.table(x), parts, states)
         if plan.segments > 1:
-            kernels.ss2d_forward_kernel[plan.grid](
+            ss2d_forward_kernel[plan.grid](
                 *arguments, ends, ends, sums, *plan.sizes, **plan.constants, KEEP=False, ENDS=True
             )
-        kernels.ss2d_forward_kernel[plan.grid](
+        ss2d_forward_kernel[plan.grid](
             *arguments, carry, ends, sums, *plan.sizes, **plan.constants, KEEP=keep, ENDS=False
         )
         plan.merge(parts, y)
@@ -192,8 +193,8 @@ def ss2d_backward(
         dot = plan.constants["DOT"]
         constants = {**plan.constants, "SUM": dot if dot == tl.bfloat16 else tl.float32, "PRECISION": "tf32x3"}
         if plan.segments > 1:
-            kernels.ss2d_backward_kernel[plan.grid](*arguments, ends, ends, sums, *plan.sizes, **constants, ENDS=True)
-        kernels.ss2d_backward_kernel[plan.grid](*arguments, carry, ends, sums, *plan.sizes, **constants, ENDS=False)
+            ss2d_backward_kernel[plan.grid](*arguments, ends, ends, sums, *plan.sizes, **constants, ENDS=True)
+        ss2d_backward_kernel[plan.grid](*arguments, carry, ends, sums, *plan.sizes, **constants, ENDS=False)
         plan.merge(gx_parts, gx)
         plan.merge_code(gp_parts, gp)
     gradients = (part.sum(0).view(w.shape).to(w.dtype) for part, w in zip(weight_parts, tensors[2:], strict=True))
