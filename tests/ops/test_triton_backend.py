@@ -37,9 +37,10 @@ def test_states_are_kept_where_there_are_few():
 
 
 @pytest.mark.skipif(interpreter_unusable() is not None, reason=str(interpreter_unusable()))
-def test_the_kernels_through_tritons_interpreter():
+@pytest.mark.parametrize("kernels", ["ss2d", "stem"])
+def test_the_kernels_through_tritons_interpreter(kernels):
     """In a process of its own: Triton asks whether to interpret when it is imported."""
-    tests = Path(__file__).with_name("test_triton_ss2d.py")
+    tests = Path(__file__).with_name(f"test_triton_{kernels}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
