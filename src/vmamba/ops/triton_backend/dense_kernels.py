@@ -1,0 +1,345 @@
+"""Kernels of the dense parts of a block, for inference: LayerNorm, linear maps, the MLP with its norm and residual sum.
+
+All tensors are rows of C numbers, one a pixel. What is computed in fp32: means, variances, sums of products, GELU and
+the residual sum; what goes into a product of matrices is rounded to DOT, the dtype of the computation. Weights may be
+wider than DOT and are rounded where they are loaded.
+
+The tensor cores take tiles whose sides are powers of two, and C = 96 and 192 are not. So a row is cut into two parts,
+of C0 and C1 numbers (64 and 32; C1 = 0 where C is a power of two), each with its own product: nothing is padded.
+
+GELU(v) = v Phi(v) = max(v, 0) - t Q(t), with t = |v| and Q(t) = 1 - Phi(t) = 2^P(t), P a polynomial: as many
+multiplications as its degree and one special function, against about 25 instructions for erf, and, unlike 1 + erf,
+exact in the tail as well.
+
+Names: o_* offsets, b_* blocks in registers, i_* indices, m_* masks. Letters as in ops/README.md; M rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gelu(v, FINE: tl.constexpr):
+    """GELU of fp32 numbers, to 0.07 units in the last place of bf16, or of fp16 where FINE.
+
+    The polynomials are least maximum fits of log2 Q on [0, 5.5] and [0, 6], relative error of Q 2.5e-4 and 3.3e-6;
+    beyond, they fall faster than log2 Q does, and t Q(t) is below 1e-7 there.
+    """
+    t = tl.abs(v)
+    if FINE:
+        p = -1.8348093e-06 * t + 6.1598243e-05
+        p = p * t - 9.3052443e-04
+        p = p * t + 8.5078888e-03
+        p = p * t - 5.3960066e-02
+        p = p * t - 4.5846438e-01
+        p = p * t - 1.1512511
+        p = p * t - 0.99999529
+    else:
+        p = -2.3325128e-04 * t + 4.8697740e-03
+        p = p * t - 4.4599019e-02
+        p = p * t - 4.6968105e-01
+        p = p * t - 1.1462609
+        p = p * t - 1.0003591
+    return tl.maximum(v, 0.0) - t * tl.exp2(p)
+
+
+@triton.jit
+def _later(i, FAR: tl.constexpr):
+    """0 for every i that occurs. As an offset, it keeps a load inside a loop over i whose result would otherwise wait
+    in registers through the loop, where there is no room for it."""
+    return (i >> 30) * FAR
+
+
+@triton.jit
+def _load_parts(rows, m, C0: tl.constexpr, C1: tl.constexpr):
+    """Both parts of rows (pointers to their first numbers, (BM, 1)) in fp32; the second is the first where C1 = 0."""
+    xa = tl.load(rows + tl.arange(0, C0)[None, :], mask=m, other=0.0).to(tl.float32)
+    if C1 > 0:
+        xb = tl.load(rows + C0 + tl.arange(0, C1)[None, :], mask=m, other=0.0).to(tl.float32)
+    else:
+        xb = xa
+    return xa, xb
+
+
+@triton.jit
+def _add_to_parts(ba, bb, row, C0: tl.constexpr, C1: tl.constexpr):
+    """Both parts plus those of one row."""
+    ba += tl.load(row + tl.arange(0, C0)).to(tl.float32)[None, :]
+    if C1 > 0:
+        bb += tl.load(row + C0 + tl.arange(0, C1)).to(tl.float32)[None, :]
+    return ba, bb
+
+
+@triton.jit
+def _store_parts(rows, ba, bb, m, C0: tl.constexpr, C1: tl.constexpr):
+    tl.store(rows + tl.arange(0, C0)[None, :], ba.to(rows.dtype.element_ty), mask=m)
+    if C1 > 0:
+        tl.store(rows + C0 + tl.arange(0, C1)[None, :], bb.to(rows.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _normalise_parts(xa, xb, weight, bias, eps, C0: tl.constexpr, C1: tl.constexpr, DOT: tl.constexpr):
+    """LayerNorm of rows in two parts, in DOT."""
+    b_sum = tl.sum(xa, 1)
+    if C1 > 0:
+        b_sum += tl.sum(xb, 1)
+    b_mean = (b_sum * (1.0 / (C0 + C1)))[:, None]
+    xa -= b_mean
+    b_sum = tl.sum(xa * xa, 1)
+    if C1 > 0:
+        xb -= b_mean
+        b_sum += tl.sum(xb * xb, 1)
+    b_scale = tl.rsqrt(b_sum * (1.0 / (C0 + C1)) + eps)[:, None]
+    o_a = tl.arange(0, C0)
+    xa *= b_scale
+    na = xa * tl.load(weight + o_a).to(tl.float32)[None, :] + tl.load(bias + o_a).to(tl.float32)[None, :]
+    if C1 > 0:
+        o_b = C0 + tl.arange(0, C1)
+        xb *= b_scale
+        nb = xb * tl.load(weight + o_b).to(tl.float32)[None, :] + tl.load(bias + o_b).to(tl.float32)[None, :]
+    else:
+        nb = na
+    return na.to(DOT), nb.to(DOT)
+
+
+@triton.jit
+def _parts_of_rows(weight, o_n, C0: tl.constexpr, C1: tl.constexpr, DOT: tl.constexpr):
+    """Rows o_n of weight (N, C), transposed: (C0, rows) and (C1, rows)."""
+    rows = weight + o_n[:, None] * (C0 + C1)
+    wa = tl.load(rows + tl.arange(0, C0)[None, :]).to(DOT).trans()
+    if C1 > 0:
+        wb = tl.load(rows + C0 + tl.arange(0, C1)[None, :]).to(DOT).trans()
+    else:
+        wb = wa
+    return wa, wb
+
+
+@triton.jit
+def _parts_of_columns(weight, o_n, N: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, DOT: tl.constexpr):
+    """Columns o_n of weight (C, N), transposed: (columns, C0) and (columns, C1)."""
+    columns = weight + o_n[None, :]
+    wa = tl.load(columns + tl.arange(0, C0)[:, None] * N).to(DOT).trans()
+    if C1 > 0:
+        wb = tl.load(columns + (C0 + tl.arange(0, C1))[:, None] * N).to(DOT).trans()
+    else:
+        wb = wa
+    return wa, wb
+
+
+@triton.jit
+def _dot_parts(na, nb, wa, wb, C1: tl.constexpr):
+    """(rows, numbers of the block) = rows times a block of weights, over both parts of C."""
+    b = tl.dot(na, wa)
+    if C1 > 0:
+        b = tl.dot(nb, wb, b)
+    return b
+
+
+@triton.jit
+def _as_product(xa, xb, wa, wb, C1: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr):
+    """The same numbers, laid out over the threads as a sum of products is: as the sum of a product with zeros.
+
+    From this layout LayerNorm's result goes into products, and x into the residual sum, without leaving registers.
+    wa, wb: any weights of the products' shapes (some, C0) and (some, C1).
+    """
+    zeros = tl.zeros((BM, wa.shape[0]), DOT)
+    xa = tl.dot(zeros, wa, xa)
+    if C1 > 0:
+        xb = tl.dot(zeros, wb, xb)
+    else:
+        xb = xa
+    return xa, xb
+
+
+@triton.jit(do_not_specialize=["M"])
+def mlp_resident_kernel(
+    x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, out, M,
+    C0: tl.constexpr, C1: tl.constexpr, N: tl.constexpr, PROGRAMS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
+    """out = x + fc2(gelu(fc1(LayerNorm(x)))), all weights in shared memory from first to last.
+
+    x, out (M, C0 + C1); weight1 (N, C), weight2 (C, N). Grid: PROGRAMS or fewer, each walks over tiles of BM rows.
+    There is no barrier between the blocks of the hidden numbers, so that the groups of four warps drift apart, and
+    one's GELU runs beside another's products.
+    """
+    C: tl.constexpr = C0 + C1
+    w1, w2 = (), ()
+    for j in tl.static_range(N // BN):
+        o_n = j * BN + tl.arange(0, BN)
+        w1 = w1 + (_parts_of_rows(weight1, o_n, C0, C1, DOT),)  # noqa: RUF005  (*...) is not Triton
+        w2 = w2 + (_parts_of_columns(weight2, o_n, N, C0, C1, DOT),)  # noqa: RUF005  (*...) is not Triton
+    for i in tl.range(tl.program_id(0), tl.cdiv(M, BM), PROGRAMS, num_stages=STAGES):
+        zero = _later(i, 16)
+        o_m = i * BM + tl.arange(0, BM)
+        m = (o_m < M)[:, None]
+        o_row = o_m.to(tl.int64)[:, None] * C
+        xa, xb = _load_parts(x + o_row, m, C0, C1)
+        xa, xb = _as_product(xa, xb, w2[0][0], w2[0][1], C1, BM, DOT)
+        na, nb = _normalise_parts(xa, xb, norm_weight + zero, norm_bias + zero, eps, C0, C1, DOT)
+        xa, xb = _add_to_parts(xa, xb, bias2 + zero, C0, C1)
+        for j in tl.static_range(N // BN):
+            b = _dot_parts(na, nb, w1[j][0], w1[j][1], C1)
+            b += tl.load(bias1 + zero + j * BN + tl.arange(0, BN)).to(tl.float32)[None, :]
+            b = gelu(b, FINE).to(DOT)
+            xa = tl.dot(b, w2[j][0], xa)
+            if C1 > 0:
+                xb = tl.dot(b, w2[j][1], xb)
+        _store_parts(out + o_row, xa, xb, m, C0, C1)
+
+
+@triton.jit(do_not_specialize=["M"])
+def mlp_kernel(
+    x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, out, M,
+    C0: tl.constexpr, C1: tl.constexpr, N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
+    """out = x + fc2(gelu(fc1(LayerNorm(x)))) of BM rows, the weights streamed in blocks of BN hidden numbers.
+
+    Shapes as in mlp_resident_kernel. Grid: (tiles of BM rows,).
+    """
+    C: tl.constexpr = C0 + C1
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m = (o_m < M)[:, None]
+    o_row = o_m.to(tl.int64)[:, None] * C
+    xa, xb = _load_parts(x + o_row, m, C0, C1)
+    na, nb = _normalise_parts(xa, xb, norm_weight, norm_bias, eps, C0, C1, DOT)
+    ya = tl.zeros((BM, C0), tl.float32)
+    if C1 > 0:
+        yb = tl.zeros((BM, C1), tl.float32)
+    else:
+        yb = ya
+    for j in tl.range(0, N, BN, num_stages=STAGES):
+        o_n = j + tl.arange(0, BN)
+        wa, wb = _parts_of_rows(weight1, o_n, C0, C1, DOT)
+        b = _dot_parts(na, nb, wa, wb, C1)
+        b += tl.load(bias1 + o_n).to(tl.float32)[None, :]
+        b = gelu(b, FINE).to(DOT)
+        wa, wb = _parts_of_columns(weight2, o_n, N, C0, C1, DOT)
+        ya = tl.dot(b, wa, ya)
+        if C1 > 0:
+            yb = tl.dot(b, wb, yb)
+    # once more, from L2: in registers there was no room for it through the loop
+    xa, xb = _load_parts(x + o_row, m, C0, C1)
+    ya, yb = _add_to_parts(ya + xa, yb + xb, bias2, C0, C1)
+    _store_parts(out + o_row, ya, yb, m, C0, C1)
+
+
+@triton.jit(do_not_specialize=["M"])
+def norm_linear_resident_kernel(
+    x, norm_weight, norm_bias, eps, weight, bias, out, M,
+    C0: tl.constexpr, C1: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """out = LayerNorm(x) weight.T (+ bias), a share of the weights in shared memory from first to last.
+
+    x (M, C0 + C1); weight (N, C); out (M, N). Grid: (PROGRAMS or fewer, N / SHARE).
+    """
+    C: tl.constexpr = C0 + C1
+    first = tl.program_id(1) * SHARE
+    w = ()
+    for j in tl.static_range(SHARE // BN):
+        w = w + (_parts_of_rows(weight, first + j * BN + tl.arange(0, BN), C0, C1, DOT),)  # noqa: RUF005  (*...) is not Triton
+    for i in tl.range(tl.program_id(0), tl.cdiv(M, BM), PROGRAMS, num_stages=STAGES):
+        zero = _later(i, 16)
+        o_m = i * BM + tl.arange(0, BM)
+        m = (o_m < M)[:, None]
+        o_m = o_m.to(tl.int64)[:, None]
+        xa, xb = _load_parts(x + o_m * C, m, C0, C1)
+        na, nb = _normalise_parts(xa, xb, norm_weight + zero, norm_bias + zero, eps, C0, C1, DOT)
+        for j in tl.static_range(SHARE // BN):
+            o_n = first + j * BN + tl.arange(0, BN)
+            b = _dot_parts(na, nb, w[j][0], w[j][1], C1)
+            if HAS_BIAS:
+                b += tl.load(bias + zero + o_n).to(tl.float32)[None, :]
+            tl.store(out + o_m * N + o_n[None, :], b.to(out.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=["M", "n_rows", "size1", "size2"])
+def norm_kernel(
+    x, weight, bias, eps, out, M, n_rows, source1, target1, size1, source2, target2, size2,
+    C: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, COPY: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    """out = LayerNorm(x), rows of C; beside it, on programs of its own, up to COPIES arrays to another dtype.
+
+    x, out (M, C). Grid: n_rows programs of BM rows, then for each array its size / COPY programs.
+    """
+    i = tl.program_id(0)
+    if i < n_rows:
+        o_m = i * BM + tl.arange(0, BM)
+        o_c = tl.arange(0, WIDTH)
+        m_c = o_c < C
+        m = (o_m < M)[:, None] & m_c[None, :]
+        o = o_m.to(tl.int64)[:, None] * C + o_c[None, :]
+        b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+        b_x = tl.where(m_c[None, :], b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)
+        b_x *= tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / C) + eps)[:, None]
+        b_weight = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+        b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+        tl.store(out + o, (b_x * b_weight[None, :] + b_bias[None, :]).to(out.dtype.element_ty), mask=m)
+    elif COPIES > 0:
+        i -= n_rows
+        if i < tl.cdiv(size1, COPY):
+            o_1 = i * COPY + tl.arange(0, COPY)
+            b = tl.load(source1 + o_1, mask=o_1 < size1)
+            tl.store(target1 + o_1, b.to(target1.dtype.element_ty), mask=o_1 < size1)
+        elif COPIES > 1:
+            o_2 = (i - tl.cdiv(size1, COPY)) * COPY + tl.arange(0, COPY)
+            b_2 = tl.load(source2 + o_2, mask=o_2 < size2)
+            tl.store(target2 + o_2, b_2.to(target2.dtype.element_ty), mask=o_2 < size2)
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_kernel(
+    x, norm_weight, norm_bias, eps, weight, bias, residual, out, M,
+    K: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
+    """out = act(norm(x) weight.T (+ bias)) (+ residual): a tile of BM rows and BN columns.
+
+    x (M, K), weight (N, K), residual and out (M, N), any K and N. Where NORM, norm is a LayerNorm, its means and
+    variances made again by each program of a row; WIDTH is then K or the next power of two. Grid: (tiles,),
+    those of the same rows one after another.
+    """
+    i = tl.program_id(0)
+    BLOCKS: tl.constexpr = (N + BN - 1) // BN
+    o_m = (i // BLOCKS) * BM + tl.arange(0, BM)
+    o_n = (i % BLOCKS) * BN + tl.arange(0, BN)
+    m_m = (o_m < M)[:, None]
+    m_n = o_n < N
+    o_m = o_m.to(tl.int64)[:, None]
+    if NORM:
+        o_c = tl.arange(0, WIDTH)
+        m_c = (o_c < K)[None, :]
+        b_x = tl.load(x + o_m * K + o_c[None, :], mask=m_m & m_c, other=0.0).to(tl.float32)
+        b_mean = (tl.sum(b_x, 1) * (1.0 / K))[:, None]
+        b_x = tl.where(m_c, b_x - b_mean, 0.0)
+        b_scale = tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / K) + eps)[:, None]
+    b = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, K, BK, num_stages=STAGES):
+        o_k = k + tl.arange(0, BK)
+        if K % BK == 0:
+            b_a = tl.load(x + o_m * K + o_k[None, :], mask=m_m, other=0.0)
+        else:
+            b_a = tl.load(x + o_m * K + o_k[None, :], mask=m_m & (o_k < K)[None, :], other=0.0)
+        if NORM:
+            b_weight = tl.load(norm_weight + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+            b_bias = tl.load(norm_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+            b_a = (b_a.to(tl.float32) - b_mean) * b_scale * b_weight[None, :] + b_bias[None, :]
+        if K % BK == 0 and N % BN == 0:
+            b_w = tl.load(weight + o_n[:, None] * K + o_k[None, :])
+        else:
+            b_w = tl.load(weight + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
+        b = tl.dot(b_a.to(DOT), b_w.to(DOT).trans(), b)
+    if HAS_BIAS:
+        b += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        b = gelu(b, FINE)
+    m = m_m & m_n[None, :]
+    o = o_m * N + o_n[None, :]
+    if RESIDUAL:
+        b += tl.load(residual + o, mask=m, other=0.0).to(tl.float32)
+    tl.store(out + o, b.to(out.dtype.element_ty), mask=m)
