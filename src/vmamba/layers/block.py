@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from timm.layers import DropPath, GluMlp, Mlp
 from torch import Tensor, nn
 
+from vmamba.ops.inference import norm_mlp
+
 from .act import ACTIVATIONS
+from .fusion import fused_dtype, is_plain
 from .norm import BranchNorm
+from .ss2d import SS2D
 
 __all__ = ["VSSBlock", "make_mlp"]
 
@@ -42,6 +47,9 @@ class VSSBlock(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = fused_dtype(self, x)
+        if dtype is not None and self._is_usual():
+            return self._forward_fused(x, dtype)
         x = x + self.drop_path(self._branch(x, self.ssm, self.norm))
         if self.mlp is not None:
             x = x + self.drop_path(self._branch(x, self.mlp, self.norm2))
@@ -49,6 +57,33 @@ class VSSBlock(nn.Module):
 
     def _branch(self, x: Tensor, branch: nn.Module, norm: nn.Module) -> Tensor:
         return norm(branch(x)) if self.post_norm else branch(norm(x))
+
+    def _is_usual(self) -> bool:
+        """Whether the block is one that the joined operators know: every released model's is."""
+        mlp = self.mlp
+        return (
+            not self.post_norm
+            and is_plain(self.ssm, SS2D)
+            and self.ssm.is_usual()
+            and is_plain(self.norm, BranchNorm)
+            and (mlp is None or (is_plain(mlp, Mlp) and is_plain(self.norm2, BranchNorm) and _is_usual_mlp(mlp)))
+        )
+
+    def _forward_fused(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = self.ssm.forward_residual(x, self.norm, dtype)
+        if self.mlp is None:
+            return x
+        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
+        return norm_mlp(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias, dtype)
+
+
+def _is_usual_mlp(mlp: Mlp) -> bool:
+    return (
+        is_plain(mlp.act, nn.GELU)
+        and mlp.act.approximate == "none"
+        and is_plain(mlp.norm, nn.Identity)
+        and all(is_plain(layer, nn.Linear) and layer.bias is not None for layer in (mlp.fc1, mlp.fc2))
+    )
 
 
 def make_mlp(dim: int, ratio: float, act: str = "gelu", *, gated: bool = False, device=None, dtype=None) -> nn.Module:

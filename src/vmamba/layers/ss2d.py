@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba.ops import ss2d
+from vmamba.ops import ROUTES, ss2d
+from vmamba.ops.inference import linear_residual, norm_linear, ss2d_norm
 
 from .act import ACTIVATIONS
 from .conv import ConvNHWC, DepthwiseConv3x3SiLU
+from .fusion import is_plain
 from .init import init_ssm_
-from .norm import SSM_OUT_NORMS
+from .norm import SSM_OUT_NORMS, BranchNorm
 
 __all__ = ["SS2D"]
 
@@ -93,10 +96,37 @@ class SS2D(nn.Module):
         if self.gate:
             x, z = x.chunk(2, dim=-1)
         x = self.act(self.conv(x))
-        # A stays in fp32 (or better) under half precision: exp of a rounded A_log would move every time constant
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        y = ss2d(x, self.x_proj_weight, self.dt_weight, self.dt_bias, A, self.D, routes=self.routes)
+        y = ss2d(x, self.x_proj_weight, self.dt_weight, self.dt_bias, self._A(), self.D, routes=self.routes)
         y = self.out_act(self.out_norm(y))
         if self.gate:
             y = y * self.gate_act(z)
         return self.out_proj(y)
+
+    def _A(self) -> Tensor:
+        # fp32 (or better) under half precision: exp of a rounded A_log would move every time constant
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def is_usual(self) -> bool:
+        """Whether `forward_residual` computes what this module is."""
+        return (
+            self.routes in ROUTES
+            and is_plain(self.conv, DepthwiseConv3x3SiLU)
+            and is_plain(self.act, nn.Identity)
+            and is_plain(self.out_norm, BranchNorm)
+            and is_plain(self.out_act, nn.Identity)
+            and is_plain(self.in_proj, nn.Linear)
+            and is_plain(self.out_proj, nn.Linear)
+        )
+
+    def forward_residual(self, x: Tensor, norm: BranchNorm, dtype: torch.dtype) -> Tensor:
+        """x + self(norm(x)) in x's dtype, computed in `dtype` by joined operators, which have no gradients."""
+        h = norm_linear(x, norm.weight, norm.bias, norm.eps, self.in_proj.weight, self.in_proj.bias, dtype)
+        if self.gate:
+            h, z = h.chunk(2, dim=-1)
+        h = self.conv(h)
+        p = F.linear(h, self.x_proj_weight.flatten(0, 1).to(dtype))
+        weights = (self.dt_weight, self.dt_bias, self._A(), self.D)
+        y = ss2d_norm(h, p, *weights, self.routes, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
+        if self.gate:
+            y = y * self.gate_act(z)
+        return linear_residual(y, self.out_proj.weight, self.out_proj.bias, x)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vmamba.ops.inference import conv_norm, conv_norm_gelu
+
+from .fusion import fused_dtype, is_plain, stream_dtype
+
 __all__ = ["STEMS", "ConvStem", "PatchStem"]
 
 
@@ -45,8 +49,26 @@ class ConvStem(nn.Module):
         self.norm2 = nn.LayerNorm(dim, **dd)
 
     def forward(self, image: Tensor) -> Tensor:
+        dtype = fused_dtype(self, image)
+        if dtype is not None and self._is_usual():
+            return self._forward_fused(image, dtype)
         x = self.act(self.norm1(_as_nhwc(self.conv1(_channels_last(image)))))
         return self.norm2(_as_nhwc(self.conv2(x.permute(0, 3, 1, 2))))
+
+    def _is_usual(self) -> bool:
+        convs, norms = (self.conv1, self.conv2), (self.norm1, self.norm2)
+        return (
+            all(is_plain(c, nn.Conv2d) for c in convs)
+            and all(is_plain(n, nn.LayerNorm) for n in norms)
+            and is_plain(self.act, nn.GELU)
+        )
+
+    def _forward_fused(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        conv, norm = self.conv1, self.norm1
+        x = conv_norm_gelu(image, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype)
+        conv, norm = self.conv2, self.norm2
+        out_dtype = stream_dtype(image, dtype)
+        return conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype, out_dtype)
 
 
 STEMS: dict[str, type[nn.Module]] = {"v1": PatchStem, "v2": ConvStem}

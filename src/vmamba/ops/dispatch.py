@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Backend(NamedTuple):
     scan_backward: (gy, u, delta, A, B, C, D, delta_bias, states, delta_softplus) -> the seven gradients.
     conv_forward: (x, weight, bias, activation) -> y; torch's own unless the backend has a depthwise convolution.
     conv_backward: (gy, x, weight, bias, activation) -> gradients of x, weight and bias, contiguous or not.
+    inference: a namespace of the functions that `inference.Plain` defines, with kernels of its own; None: it has none.
     """
 
     unavailable: Callable[[str], str | None]
@@ -40,6 +41,7 @@ class Backend(NamedTuple):
     scan_backward: Callable[..., tuple[Tensor, ...]]
     conv_forward: Callable[..., Tensor] = convolution.conv
     conv_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = convolution.conv_backward
+    inference: Any = None
 
 
 def _portable_ss2d_forward(x, p, dt_weight, dt_bias, A, D, routes, keep):
@@ -75,6 +77,7 @@ BACKENDS: dict[str, Backend] = {
         scan_backward=_portable_scan_backward,
         conv_forward=triton_backend.conv_forward,
         conv_backward=triton_backend.conv_backward,
+        inference=triton_backend.Inference,
     ),
     "portable": Backend(
         unavailable=lambda device_type: None,

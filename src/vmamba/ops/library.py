@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import BACKENDS, choose
 
-__all__ = ["DepthwiseConv3x3", "SS2DScan", "SelectiveScan"]
+__all__ = ["DepthwiseConv3x3", "SS2DScan", "SelectiveScan", "ss2d_flops"]
 
 _SS2D = "Tensor x, Tensor p, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D"
 _SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
@@ -131,17 +131,20 @@ def _scan_flops(steps: int, N: int) -> int:
     return steps * (9 * N + 2)
 
 
-@register_flop_formula(torch.ops.vmamba.ss2d_scan)
-def _(x, p, dt_weight, dt_bias, A, D, *args, out_shape=None, **kwargs) -> int:
+def ss2d_flops(x, dt_weight, A) -> int:
+    """Operations of the 2-D scan with delta's projection inside, from the arguments' shapes."""
     pixels, (K, E, R) = x[0] * x[1] * x[2], dt_weight
     return _scan_flops(pixels * K * E, A[1]) + 2 * pixels * K * E * R
 
 
+@register_flop_formula(torch.ops.vmamba.ss2d_scan)
+def _(x, p, dt_weight, dt_bias, A, D, *args, out_shape=None, **kwargs) -> int:
+    return ss2d_flops(x, dt_weight, A)
+
+
 @register_flop_formula(torch.ops.vmamba.ss2d_scan_backward)
 def _(gy, x, p, dt_weight, *args, out_shape=None, **kwargs) -> int:
-    # as for a linear layer, twice the forward's
-    pixels, (K, E, R), A = x[0] * x[1] * x[2], dt_weight, args[1]
-    return 2 * (_scan_flops(pixels * K * E, A[1]) + 2 * pixels * K * E * R)
+    return 2 * ss2d_flops(x, dt_weight, args[1])  # as for a linear layer, twice the forward's
 
 
 @register_flop_formula(torch.ops.vmamba.selective_scan)

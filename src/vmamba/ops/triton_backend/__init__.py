@@ -9,7 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-__all__ = ["conv_backward", "conv_forward", "ss2d_backward", "ss2d_forward", "ss2d_states", "unavailable"]
+__all__ = ["Inference", "conv_backward", "conv_forward", "ss2d_backward", "ss2d_forward", "ss2d_states", "unavailable"]
 
 # asked once, here: torch.compile of torch 2.10 cannot trace the question
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -61,3 +61,43 @@ def conv_backward(gy, x, weight, bias, activation):
     from . import dwconv
 
     return dwconv.conv_backward(gy, x, weight, bias, activation)
+
+
+class Inference:
+    """The functions of `ops.inference` (see there)."""
+
+    @staticmethod
+    def norm_linear(x, norm_weight, norm_bias, eps, weight, bias, dtype):
+        from . import dense
+
+        return dense.norm_linear(x, norm_weight, norm_bias, eps, weight, bias, dtype)
+
+    @staticmethod
+    def norm_mlp(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, dtype):
+        from . import dense
+
+        return dense.norm_mlp(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, dtype, x.dtype)
+
+    @staticmethod
+    def linear_residual(y, weight, bias, residual):
+        from . import dense
+
+        return dense.linear_residual(y, weight, bias, residual, residual.dtype)
+
+    @staticmethod
+    def ss2d_norm(x, p, dt_weight, dt_bias, A, D, routes, norm_weight, norm_bias, eps):
+        from . import ss2d
+
+        return ss2d.ss2d_norm_forward(x, p, dt_weight, dt_bias, A, D, routes, norm_weight, norm_bias, eps)
+
+    @staticmethod
+    def conv_norm_gelu(image, weight, bias, norm_weight, norm_bias, eps, dtype):
+        from . import stem
+
+        return stem.conv_norm_gelu(image, weight, bias, norm_weight, norm_bias, eps, dtype)
+
+    @staticmethod
+    def conv_norm(x, weight, bias, norm_weight, norm_bias, eps, dtype, out_dtype):
+        from . import stem
+
+        return stem.conv_norm(x, weight, bias, norm_weight, norm_bias, eps, dtype, out_dtype)

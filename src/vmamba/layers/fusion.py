@@ -1,0 +1,40 @@
+"""When a layer may run as the joined operators of `vmamba.ops.inference` in the place of its modules one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.ops.inference import inference_dtype
+
+__all__ = ["fused_dtype", "is_plain", "stream_dtype"]
+
+
+def fused_dtype(layer: nn.Module, x: Tensor) -> torch.dtype | None:
+    """The dtype to compute in, or None for module by module: in training, with gradients, in fp32, without kernels, and
+    where somebody looks in or has put something else there: hooks, adapters, quantised or sharded weights.
+    """
+    if layer.training:
+        return None
+    dtype = inference_dtype(x)
+    return dtype if dtype is not None and _untouched(layer) else None
+
+
+def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """Whether the module is exactly one of these classes: a subclass may compute something else."""
+    return type(module) in kinds
+
+
+def stream_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the residual stream that a norm opens: fp32 under autocast, as LayerNorm's result there."""
+    return torch.float32 if torch.is_autocast_enabled(x.device.type) else dtype
+
+
+def _untouched(layer: nn.Module) -> bool:
+    for module in layer.modules():
+        if module is not layer and (module._forward_hooks or module._forward_pre_hooks):
+            return False
+        for parameter in module._parameters.values():
+            if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
+                return False
+    return True

@@ -1,0 +1,154 @@
+"""Networks as joined inference operators: the same function, and only where it is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vmamba  # noqa: F401  (registers our names with timm)
+from vmamba.layers import fusion
+from vmamba.models import VMamba
+from vmamba.ops import inference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPERATORS = ("norm_linear", "norm_mlp", "linear_residual", "ss2d_norm", "conv_norm_gelu")
+
+
+@pytest.fixture
+def anywhere(monkeypatch) -> list[torch.dtype]:
+    """Lets every device and dtype run the joined operators, and keeps a list of the dtypes asked for."""
+    asked = []
+
+    def always(x):
+        asked.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
+        return asked[-1]
+
+    monkeypatch.setattr(fusion, "inference_dtype", always)
+    return asked
+
+
+def network(**architecture) -> VMamba:
+    torch.manual_seed(0)
+    model = VMamba(depths=(1, 1, 1, 1), dims=16, num_classes=7, **architecture).eval()
+    with torch.no_grad():  # so that a forgotten bias or norm shows
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def images(*shape) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("architecture", [{}, {"d_state": 3, "ssm_ratio": 2.0, "ssm_gate": True, "mlp_ratio": 0.0}])
+@pytest.mark.parametrize("size", [(64, 64), (33, 90)])
+@torch.no_grad()
+def test_joined_operators_compute_the_network(anywhere, monkeypatch, architecture, size):
+    model, x = network(**architecture), images(2, 3, *size)
+    joined = model(x)
+    assert len(anywhere) == 5  # the stem and four blocks
+    monkeypatch.setattr(fusion, "inference_dtype", lambda x: None)
+    torch.testing.assert_close(joined, model(x), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_half_precision_loses_no_more_than_layer_by_layer(anywhere, monkeypatch):
+    model, x = network(), images(2, 3, 64, 64)
+    wanted = model.double()(x.double())
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        joined = model(x)
+        assert anywhere[-1] == torch.bfloat16
+        monkeypatch.setattr(fusion, "inference_dtype", lambda x: None)
+        one_by_one = model(x)
+    assert (joined - wanted).norm() <= 1.2 * (one_by_one - wanted).norm()
+
+
+@torch.no_grad()
+def test_the_operators_are_counted_as_what_they_compute(anywhere, monkeypatch):
+    model, x = network(), images(1, 3, 64, 64)
+    counts = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        counts.append(counter.get_total_flops())
+        monkeypatch.setattr(fusion, "inference_dtype", lambda x: None)
+    assert counts[0] == counts[1]
+
+
+def use_hook(model):
+    model.stages[0].blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
+
+
+def use_a_subclass(model):
+    class Scaled(nn.Linear):
+        pass
+
+    ssm = model.stages[0].blocks[0].ssm
+    ssm.out_proj = Scaled(ssm.out_proj.in_features, ssm.out_proj.out_features, bias=False)
+
+
+def use_another_tensor(model):
+    class Sharded(torch.Tensor):
+        pass
+
+    norm = model.stages[0].blocks[0].norm
+    norm.weight = nn.Parameter(norm.weight.detach().as_subclass(Sharded))
+
+
+@pytest.mark.parametrize("change", [use_hook, use_a_subclass, use_another_tensor, nn.Module.train])
+def test_what_somebody_changed_runs_module_by_module(anywhere, monkeypatch, change):
+    model = network().stages[0].blocks[0]
+    whole = nn.Module()
+    whole.stages = [nn.Module()]
+    whole.stages[0].blocks = [model]
+    if change is nn.Module.train:
+        model.train()
+    else:
+        change(whole)
+    called = []
+    monkeypatch.setattr(type(model), "_forward_fused", lambda *_: called.append(True))
+    with torch.no_grad():
+        model(images(1, 4, 4, 16))
+    assert not called
+
+
+@pytest.mark.parametrize(
+    "architecture", [{"post_norm": True}, {"routes": "cascade2d"}, {"gated_mlp": True}, {"mlp_act": "relu"}]
+)
+def test_other_architectures_run_module_by_module(anywhere, monkeypatch, architecture):
+    block = network(**architecture).stages[0].blocks[0]
+    monkeypatch.setattr(type(block), "_forward_fused", None)
+    with torch.no_grad():
+        assert block(images(1, 4, 4, 16)).shape == (1, 4, 4, 16)
+
+
+def test_they_are_for_inference_in_half_precision_on_devices_with_kernels(monkeypatch):
+    x = images(1, 4).bfloat16()
+    with torch.no_grad():
+        assert inference.inference_dtype(x) is None  # the CPU has none
+        table = inference.BACKENDS
+        monkeypatch.setitem(table, "portable", table["portable"]._replace(inference=inference.Plain))
+        assert inference.inference_dtype(x) == torch.bfloat16
+        assert inference.inference_dtype(x.float()) is None
+        with torch.autocast("cpu", torch.float16):
+            assert inference.inference_dtype(x.float()) == torch.float16
+        assert inference.inference_dtype(x.to("meta")) is None
+        asked = []
+        torch.func.vmap(lambda t: (asked.append(inference.inference_dtype(t)), t)[1])(x)
+        assert asked == [None]
+    assert inference.inference_dtype(x) is None  # gradients are on
+
+
+def test_the_networks_made_by_name_are_usual_ones():
+    """Every released variant runs joined, but for those whose configuration says otherwise."""
+    for name in timm.list_models("*vmamba*"):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        for stage in model.stages:
+            assert all(block._is_usual() for block in stage.blocks), name
