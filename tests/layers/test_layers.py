@@ -170,15 +170,25 @@ def test_blocks_keep_channels_last_without_copies() -> None:
     assert [name for name, contiguous in seen if not contiguous] == []
 
 
-def test_a_branch_norm_gives_autocasts_dtype_and_the_sum_stays_in_fp32() -> None:
+def test_a_branch_norm_gives_autocasts_dtype() -> None:
     norm = BranchNorm(8)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(2, 3, 4, 8)
     plain = torch.nn.functional.layer_norm(x, (8,), norm.weight, norm.bias)
     assert torch.equal(norm(x), plain)
-    block = VSSBlock(8, SS2D(8), make_mlp(8, 2.0))
     with torch.autocast("cpu", torch.bfloat16):
         low = norm(x)
         assert low.dtype == torch.bfloat16
-        assert block(x).dtype == torch.float32
     torch.testing.assert_close(low.float(), plain, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("autocast", "stream"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_the_residual_stream_is_bf16_under_bf16_and_fp32_under_fp16(autocast, stream) -> None:
+    layers = nn.Sequential(STEMS["v2"](3, 8), VSSBlock(8, SS2D(8), make_mlp(8, 2.0)), DOWNSAMPLES["v3"](8, 16))
+    x = torch.randn(1, 3, 16, 16)
+    with torch.autocast("cpu", autocast):
+        for layer in layers:
+            x = layer(x)
+            assert x.dtype == stream
+    layers.bfloat16()
+    assert layers(torch.randn(1, 3, 16, 16).bfloat16()).dtype == torch.bfloat16

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv import ConvNHWC
+from .norm import BranchNorm, StreamNorm
 
 __all__ = ["DOWNSAMPLES", "ConvDownsample", "OverlappedDownsample", "PatchMerging"]
 
@@ -23,7 +24,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, device=None, dtype=None):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * in_dim, device=device, dtype=dtype)
+        self.norm = BranchNorm(4 * in_dim, device=device, dtype=dtype)
         self.reduction = nn.Linear(4 * in_dim, out_dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class ConvDownsample(nn.Module):
         self.conv = ConvNHWC(
             in_dim, out_dim, self.kernel_size, stride=2, padding=self.padding, device=device, dtype=dtype
         )
-        self.norm = nn.LayerNorm(out_dim, device=device, dtype=dtype)
+        self.norm = StreamNorm(out_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vmamba.ops.inference import inference_dtype
 
-__all__ = ["fused_dtype", "is_plain", "stream_dtype"]
+__all__ = ["fused_dtype", "is_plain"]
 
 
 def fused_dtype(layer: nn.Module, x: Tensor) -> torch.dtype | None:
@@ -23,11 +23,6 @@ def fused_dtype(layer: nn.Module, x: Tensor) -> torch.dtype | None:
 def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     """Whether the module is exactly one of these classes: a subclass may compute something else."""
     return type(module) in kinds
-
-
-def stream_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the residual stream that a norm opens: fp32 under autocast, as LayerNorm's result there."""
-    return torch.float32 if torch.is_autocast_enabled(x.device.type) else dtype
 
 
 def _untouched(layer: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .conv import ConvNHWC
 
-__all__ = ["SSM_OUT_NORMS", "BranchNorm"]
+__all__ = ["SSM_OUT_NORMS", "BranchNorm", "StreamNorm", "stream_dtype"]
 
 
 class BranchNorm(nn.LayerNorm):
@@ -19,7 +19,7 @@ class BranchNorm(nn.LayerNorm):
 
     Autocast runs a LayerNorm in fp32 and returns fp32, which the linear layer after it casts down again: three times
     the bytes for numbers that are rounded all the same. torch's kernel computes mean and variance in fp32 for any
-    input. The sum that the branches are added to stays in fp32 under autocast.
+    input.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,6 +31,27 @@ class BranchNorm(nn.LayerNorm):
             return F.layer_norm(
                 x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps
             )
+
+
+def stream_dtype(device: str) -> torch.dtype:
+    """The dtype under autocast of the residual stream, the sum that branches are added to.
+
+    bf16 under bf16, which costs little (docs/decisions.md) and halves the bytes of every norm and sum. fp32 under fp16,
+    whose range a stream may leave.
+    """
+    dtype = torch.get_autocast_dtype(device)
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+class StreamNorm(BranchNorm):
+    """LayerNorm over channels that opens the residual stream of a stage, in `stream_dtype` under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and stream_dtype(device) == torch.float32:
+            with torch.autocast(device, enabled=False):
+                return nn.LayerNorm.forward(self, x.to(self.weight.dtype))
+        return super().forward(x)
 
 
 class DepthwiseConvNorm(nn.Module):

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from vmamba.ops.inference import conv_norm, conv_norm_gelu
 
-from .fusion import fused_dtype, is_plain, stream_dtype
+from .fusion import fused_dtype, is_plain
+from .norm import BranchNorm, StreamNorm, stream_dtype
 
 __all__ = ["STEMS", "ConvStem", "PatchStem"]
 
@@ -30,7 +31,7 @@ class PatchStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
         super().__init__()
         self.conv = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm = StreamNorm(dim, device=device, dtype=dtype)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.norm(_as_nhwc(self.conv(_channels_last(image))))
@@ -43,10 +44,10 @@ class ConvStem(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1, **dd)
-        self.norm1 = nn.LayerNorm(dim // 2, **dd)
+        self.norm1 = BranchNorm(dim // 2, **dd)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1, **dd)
-        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.norm2 = StreamNorm(dim, **dd)
 
     def forward(self, image: Tensor) -> Tensor:
         dtype = fused_dtype(self, image)
@@ -56,10 +57,11 @@ class ConvStem(nn.Module):
         return self.norm2(_as_nhwc(self.conv2(x.permute(0, 3, 1, 2))))
 
     def _is_usual(self) -> bool:
-        convs, norms = (self.conv1, self.conv2), (self.norm1, self.norm2)
         return (
-            all(is_plain(c, nn.Conv2d) for c in convs)
-            and all(is_plain(n, nn.LayerNorm) for n in norms)
+            is_plain(self.conv1, nn.Conv2d)
+            and is_plain(self.conv2, nn.Conv2d)
+            and is_plain(self.norm1, BranchNorm)
+            and is_plain(self.norm2, StreamNorm)
             and is_plain(self.act, nn.GELU)
         )
 
@@ -67,7 +69,8 @@ class ConvStem(nn.Module):
         conv, norm = self.conv1, self.norm1
         x = conv_norm_gelu(image, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype)
         conv, norm = self.conv2, self.norm2
-        out_dtype = stream_dtype(image, dtype)
+        device = image.device.type
+        out_dtype = stream_dtype(device) if torch.is_autocast_enabled(device) else dtype
         return conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype, out_dtype)
 
 
