@@ -81,6 +81,23 @@ def test_the_operators_are_counted_as_what_they_compute(anywhere, monkeypatch):
     assert counts[0] == counts[1]
 
 
+@torch.no_grad()
+def test_they_are_taken_under_torch_compile(monkeypatch):
+    table = inference.BACKENDS
+    monkeypatch.setitem(table, "portable", table["portable"]._replace(inference=inference.Plain))
+    seen = []
+
+    def backend(graph, example_inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    model, x = network(), images(1, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
+    assert {f"vmamba.{name}" for name in OPERATORS} <= set(seen)
+
+
 def use_hook(model):
     model.stages[0].blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
 
