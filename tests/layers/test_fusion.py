@@ -15,7 +15,7 @@ from vmamba.ops import inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OPERATORS = ("norm_linear", "norm_mlp", "linear_residual", "ss2d_norm", "conv_norm_gelu")
+OPERATORS = ("norm_linear", "norm_mlp", "linear_residual", "ss2d_norm", "conv_norm_gelu", "conv_norm")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def images(*shape) -> torch.Tensor:
 def test_joined_operators_compute_the_network(anywhere, monkeypatch, architecture, size):
     model, x = network(**architecture), images(2, 3, *size)
     joined = model(x)
-    assert len(anywhere) == 5  # the stem and four blocks
+    assert len(anywhere) == 8  # the stem, four blocks, three downsamplings
     monkeypatch.setattr(fusion, "inference_dtype", lambda x: None)
     torch.testing.assert_close(joined, model(x), rtol=1e-5, atol=1e-6)
 

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmamba.ops.inference import conv_norm
+
 from .conv import ConvNHWC
-from .norm import BranchNorm, StreamNorm
+from .fusion import fused_dtype, is_plain
+from .norm import BranchNorm, StreamNorm, stream_dtype
 
 __all__ = ["DOWNSAMPLES", "ConvDownsample", "OverlappedDownsample", "PatchMerging"]
 
@@ -55,6 +58,13 @@ class OverlappedDownsample(ConvDownsample):
     """v3: convolution 3x3 of stride 2, zero-padded by 1, normalised. Grid: ceil(H/2), ceil(W/2)."""
 
     kernel_size, padding = 3, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = fused_dtype(self, x)
+        if dtype is None or not is_plain(self.conv, ConvNHWC) or not is_plain(self.norm, StreamNorm):
+            return super().forward(x)
+        conv, norm = self.conv, self.norm
+        return conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype, stream_dtype(x, dtype))
 
 
 DOWNSAMPLES: dict[str, type[nn.Module]] = {"v1": PatchMerging, "v2": ConvDownsample, "v3": OverlappedDownsample}

@@ -33,24 +33,23 @@ class BranchNorm(nn.LayerNorm):
             )
 
 
-def stream_dtype(device: str) -> torch.dtype:
-    """The dtype under autocast of the residual stream, the sum that branches are added to.
+def stream_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the residual stream, the sum that branches are added to, where x is computed on in `dtype`.
 
-    bf16 under bf16, which costs little (docs/decisions.md) and halves the bytes of every norm and sum. fp32 under fp16,
-    whose range a stream may leave.
+    `dtype` itself, but fp32 under autocast to fp16, whose range a stream may leave. bf16 costs little
+    (docs/decisions.md) and halves the bytes of every norm and sum.
     """
-    dtype = torch.get_autocast_dtype(device)
-    return dtype if dtype == torch.bfloat16 else torch.float32
+    return torch.float32 if dtype == torch.float16 and torch.is_autocast_enabled(x.device.type) else dtype
 
 
 class StreamNorm(BranchNorm):
-    """LayerNorm over channels that opens the residual stream of a stage, in `stream_dtype` under autocast."""
+    """LayerNorm over channels that opens the residual stream of a stage: under autocast it gives `stream_dtype`."""
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        if torch.is_autocast_enabled(device) and stream_dtype(device) == torch.float32:
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             with torch.autocast(device, enabled=False):
-                return nn.LayerNorm.forward(self, x.to(self.weight.dtype))
+                return nn.LayerNorm.forward(self, x.float())
         return super().forward(x)
 
 

@@ -69,8 +69,7 @@ class ConvStem(nn.Module):
         conv, norm = self.conv1, self.norm1
         x = conv_norm_gelu(image, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype)
         conv, norm = self.conv2, self.norm2
-        device = image.device.type
-        out_dtype = stream_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        out_dtype = stream_dtype(image, dtype)
         return conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype, out_dtype)
 
 
