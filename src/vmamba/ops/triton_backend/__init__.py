@@ -91,9 +91,10 @@ class Inference:
 
     @staticmethod
     def ss2d_norm(x, p, dt_weight, dt_bias, A, D, routes, norm_weight, norm_bias, eps):
-        from . import ss2d
+        from . import dense, ss2d
 
-        return ss2d.ss2d_norm_forward(x, p, dt_weight, dt_bias, A, D, routes, norm_weight, norm_bias, eps)
+        y, _ = ss2d.ss2d_forward(x, p, dt_weight, dt_bias, A, D, routes, False)
+        return dense.layer_norm(y, norm_weight, norm_bias, eps, x.dtype)
 
     @staticmethod
     def conv_norm_gelu(image, weight, bias, norm_weight, norm_bias, eps, dtype):
