@@ -36,8 +36,16 @@ def test_states_are_kept_where_there_are_few():
     assert states(x.double(), torch.empty(24, 1), "cross2d") == (0,)
 
 
+def test_states_of_the_1d_scan_are_kept_where_there_is_more_than_one_tile():
+    u, A, B = torch.empty(2, 6, 129), torch.empty(6, 3), torch.empty(2, 1, 3, 129)
+    states = BACKENDS["triton"].scan_states
+    assert states(u, A, B) == (2, 6, 2, 3)
+    assert states(u[..., :128], A, B[..., :128]) == (0,)
+    assert states(u.double(), A, B) == (0,)
+
+
 @pytest.mark.skipif(interpreter_unusable() is not None, reason=str(interpreter_unusable()))
-@pytest.mark.parametrize("kernels", ["ss2d", "stem"])
+@pytest.mark.parametrize("kernels", ["ss2d", "stem", "scan1d"])
 def test_the_kernels_through_tritons_interpreter(kernels):
     """In a process of its own: Triton asks whether to interpret when it is imported."""
     tests = Path(__file__).with_name(f"test_triton_{kernels}.py")

@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Inference", "conv_backward", "conv_forward", "ss2d_backward", "ss2d_forward", "ss2d_states", "unavailable"]
+__all__ = [
+    "Inference",
+    "conv_backward",
+    "conv_forward",
+    "scan_backward",
+    "scan_forward",
+    "scan_states",
+    "ss2d_backward",
+    "ss2d_forward",
+    "ss2d_states",
+    "unavailable",
+]
 
 # asked once, here: torch.compile of torch 2.10 cannot trace the question
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -24,6 +35,8 @@ _KEPT_N = 2
 # Output channels up to which a strided convolution is one kernel with its norm: 96 -> 192 channels at 56 x 56, 128
 # images, 0.093 ms. Beyond, at 192 -> 384, it takes what cuDNN's convolution and a norm take, and for one image twice.
 _FUSED_CONV = 256
+
+SCAN_STEPS = 128  # of the 1-D scan between two states that are kept for its backward
 
 
 def unavailable(device_type: str) -> str | None:
@@ -54,6 +67,26 @@ def ss2d_backward(gy, x, p, dt_weight, dt_bias, A, D, states, routes):
     from . import ss2d
 
     return ss2d.ss2d_backward(gy, x, p, dt_weight, dt_bias, A, D, states, routes)
+
+
+def scan_states(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
+    """Shape of the states kept for backward: (batch, K*E, ceil(L / 128), N), one before each 128 steps, or (0,)."""
+    n_states = -(-u.shape[2] // SCAN_STEPS)
+    if u.numel() == 0 or n_states == 1 or u.dtype == torch.float64:
+        return (0,)
+    return (u.shape[0], u.shape[1], n_states, A.shape[1])
+
+
+def scan_forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep):
+    from . import scan1d
+
+    return scan1d.scan_forward(u, delta, A, B, C, D, delta_bias, delta_softplus, keep)
+
+
+def scan_backward(gy, u, delta, A, B, C, D, delta_bias, states, delta_softplus):
+    from . import scan1d
+
+    return scan1d.scan_backward(gy, u, delta, A, B, C, D, delta_bias, states, delta_softplus)
 
 
 def conv_forward(x, weight, bias, activation):
