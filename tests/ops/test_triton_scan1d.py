@@ -122,11 +122,12 @@ def test_without_what_is_optional(softplus, absent):
     check({name: None if name in absent else t for name, t in arguments.items()}, softplus)
 
 
-def test_sequences_in_segments(monkeypatch):
+@pytest.mark.parametrize(("channels", "L"), [(2, 1300), (17, 300)])
+def test_sequences_in_segments(monkeypatch, channels, L):
     from vmamba.ops.triton_backend import scan1d
 
     monkeypatch.setattr(scan1d, "_LEAST_TILES", 1)
-    check(problem(1, 2, 1300, N=1))
+    check(problem(1, channels, L, N=1))
 
 
 def test_backward_without_states():

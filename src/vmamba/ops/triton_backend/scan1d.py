@@ -23,9 +23,11 @@ _ALIGNED = 16  # rows start at multiples of so many numbers
 _WARPS = 2112
 _LEAST_TILES = 2
 
-# The forward would rather have four rounds of them: at (8, 1536, 2048), N = 16, tiles of 8, 16 and 32 lanes along time
-# make 3072, 6144 and 12288 warps and take 0.50, 0.46 and 0.36 ms, for all that more lanes are more exchanges.
+# The forward would rather have four rounds of them: at (8, 1536, 2048), N = 16, 3072 warps with 8 lanes along time take
+# 0.35 ms and 12288 with 32 take 0.26, for all that more lanes are more exchanges.
 _FORWARD_WARPS = 8448
+
+_STEPS = 16  # of a lane; with 8 the exchanges weigh more: 0.34 ms forward
 
 
 def _rows(t: Tensor, L_rows: int) -> Tensor:
@@ -48,40 +50,41 @@ def _strides(t: Tensor) -> tuple[int, ...]:
     return t.stride()[:-1]
 
 
-def _forward_tile(groups: int, E: int, L: int) -> tuple[int, int, int]:
-    return _tile(groups, E, L, 16, 1, _FORWARD_WARPS)
-
-
-def _backward_tile(groups: int, E: int, L: int) -> tuple[int, int, int]:
-    # sums over channels on the tensor cores, by 16
-    return _tile(groups, E, L, 16, 16, _WARPS)
-
-
-def _tile(groups: int, E: int, L: int, S: int, least_channels: int, warps: int) -> tuple[int, int, int]:
-    """(S, C, M) of a tile: whole warps, lanes along time as few as give warps enough, for they cost exchanges.
-
-    groups: of E channels each, over the batch.
-    """
-    lanes, widest = triton.next_power_of_2(triton.cdiv(L, S)), triton.next_power_of_2(E)
-    M = min(lanes, SCAN_STEPS // S)
-    while min(lanes, 32) > M and groups * E * M < 32 * warps:
+def _forward_tile(groups: int, E: int, L: int) -> tuple[int, int]:
+    """(C, M) of a tile, one warp, for so many groups of E channels over the batch."""
+    lanes = triton.next_power_of_2(triton.cdiv(L, _STEPS))
+    M = min(lanes, SCAN_STEPS // _STEPS)
+    while min(lanes, 32) > M and groups * E * M < 32 * _FORWARD_WARPS:
         M *= 2
-    C = min(max(least_channels, 32 // M), widest)
-    return S, C, max(M, min(lanes, 32 // C))
+    return _filled(M, 32 // M, E, lanes)
+
+
+def _backward_tile(groups: int, E: int, L: int) -> tuple[int, int]:
+    """The same for the backward: 16 channels, which is what the tensor cores sum over, in four warps.
+
+    Never more lanes along time for want of warps: 16 of them make 1.37 ms of 1.08, 32 leave registers too few.
+    """
+    lanes = triton.next_power_of_2(triton.cdiv(L, _STEPS))
+    M = min(lanes, SCAN_STEPS // _STEPS)
+    return _filled(M, max(16, 32 // M), E, lanes)
+
+
+def _filled(M: int, C: int, E: int, lanes: int) -> tuple[int, int]:
+    """(C, M) with no more channels than a group has, and then with lanes along time for a whole warp if there are."""
+    C = min(C, triton.next_power_of_2(E))
+    return C, max(M, min(lanes, 32 // C))
 
 
 class _Plan:
     """How one call is cut up: C channels and M lanes of S steps in a tile, and what follows from them."""
 
-    def __init__(
-        self, u: Tensor, A: Tensor, B: Tensor, delta_softplus: bool, tile: Callable[..., tuple[int, int, int]]
-    ):
+    def __init__(self, u: Tensor, A: Tensor, B: Tensor, delta_softplus: bool, tile: Callable[..., tuple[int, int]]):
         self.batch, self.channels, self.L = u.shape
         self.K, self.N = B.shape[1], A.shape[1]
         self.E = self.channels // self.K
         self.L_rows = triton.cdiv(self.L, _ALIGNED) * _ALIGNED
-        S, self.C, M = tile(self.batch * self.K, self.E, self.L)
-        self.T = triton.cdiv(self.L, M * S)
+        self.C, M = tile(self.batch * self.K, self.E, self.L)
+        self.T = triton.cdiv(self.L, M * _STEPS)
         programs = self.batch * self.K * triton.cdiv(self.E, self.C)
         warps = max(1, self.C * M // 32)
         self.segments = max(1, min(_WARPS // (programs * warps), self.T // _LEAST_TILES))
@@ -93,10 +96,10 @@ class _Plan:
             self.L, self.L_rows, self.T, self.G, self.segments, self.n_states, self.K, self.E, self.N,
         )  # fmt: skip
         self.constants = {
-            "S": S,
+            "S": _STEPS,
             "C": self.C,
             "M": M,
-            "EVEN": self.T * M * S == self.L,
+            "EVEN": self.T * M * _STEPS == self.L,
             "SOFTPLUS": delta_softplus,
             "EXACT": u.dtype == torch.float32,
             "num_warps": warps,
@@ -145,7 +148,7 @@ def scan_forward(
     states = torch.empty((batch, channels, plan.n_states, plan.N) if keep else 0, **fp32)
     y = torch.empty((batch, channels, plan.L_rows), dtype=u.dtype, device=u.device)
     strides = [s for t in (u, delta, B, C, y) for s in _strides(t)]
-    # 16 warps on a multiprocessor: without the limit 168 registers and 12 of them, and no spills with it
+    # 16 warps on a multiprocessor, 0.257 ms; without the limit 168 registers and 12 of them, 0.281 ms
     constants = {**plan.constants, "maxnreg": 128}
     with _on_device_of(u):
         carry, ends, sums = plan.segment_buffers(u.device)
