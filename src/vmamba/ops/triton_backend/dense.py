@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .dense_kernels import (
     linear_kernel,
+    linear_resident_kernel,
     mlp_kernel,
     mlp_resident_kernel,
     norm_kernel,
-    norm_linear_resident_kernel,
 )
 
 __all__ = ["layer_norm", "linear_residual", "norm_linear", "norm_mlp"]
@@ -72,22 +72,14 @@ def norm_linear(
     out = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
     if M == 0:
         return out
-    share = _resident_share(C, N, dtype)
+    norm = (norm_weight, norm_bias, eps)
     if M <= _FEW_ROWS:
-        _linear(x, weight, bias, out, norm=(norm_weight, norm_bias, eps))
-    elif share:
-        tile = _norm_linear_tile(C)
-        columns = min(tile.columns, share & -share)
-        programs = max(1, 2 * _multiprocessors(x) // (N // share))
-        with _on_its_device(x):
-            norm_linear_resident_kernel[(min(programs, triton.cdiv(M, tile.rows)), N // share)](
-                x, norm_weight, norm_bias, eps, weight, weight if bias is None else bias, out, M,
-                *_parts(C), N, share, bias is not None, programs,
-                tile.rows, columns, tile.stages, _dot_type(dtype, x), num_warps=tile.warps,
-            )  # fmt: skip
+        _linear(x, weight, bias, out, norm=norm)
+    elif _resident_share(C, N):
+        _linear_resident(x, weight, bias, out, norm=norm)
     else:
         normalised = torch.empty(x.shape, dtype=dtype, device=x.device)
-        (weight,) = _norm(x, norm_weight, norm_bias, eps, normalised, (weight,))
+        (weight,) = _norm(x, *norm, normalised, (weight,))
         _linear(normalised, weight, bias, out)
     return out
 
@@ -148,8 +140,17 @@ def linear_residual(y: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     if residual.shape != (*y.shape[:-1], weight.shape[0]):
         raise ValueError(f"residual has shape {tuple(residual.shape)}, the product {(*y.shape[:-1], weight.shape[0])}")
     out = torch.empty(residual.shape, dtype=out_dtype, device=y.device)
-    if out.numel():
-        _linear(y.contiguous(), weight.contiguous(), bias, out, residual=residual.contiguous())
+    y, weight, residual = y.contiguous(), weight.contiguous(), residual.contiguous()
+    N, K = weight.shape
+    M = out.numel() // N
+    # beyond, the residual's tiles on their way and the weights do not fit twice
+    if M > _FEW_ROWS and K <= 128 and _resident_share(K, N):
+        _linear_resident(y, weight, bias, out, residual=residual)
+    elif M > _FEW_ROWS:
+        # each of many tiles would round the weights again
+        _linear(y, weight.to(y.dtype), bias, out, residual=residual)
+    elif M > 0:
+        _linear(y, weight, bias, out, residual=residual)
     return out
 
 
@@ -183,8 +184,8 @@ def _parts(C: int) -> tuple[int, int] | None:
     return (first, second) if first >= 32 and (second == 0 or (second >= 16 and second & (second - 1) == 0)) else None
 
 
-def _resident_share(C: int, N: int, dtype: torch.dtype) -> int | None:
-    """How many of N columns a multiprocessor holds the weights of, or None where C or N are cut badly."""
+def _resident_share(C: int, N: int) -> int | None:
+    """How many of N columns a program holds the weights of, two programs a multiprocessor; None where that is few."""
     if not _parts(C) or N % 32 or C > 256:
         return None
     share = N
@@ -193,8 +194,23 @@ def _resident_share(C: int, N: int, dtype: torch.dtype) -> int | None:
     return share if 2 * C * share <= _RESIDENT_BYTES // 2 else None
 
 
-def _norm_linear_tile(C: int) -> Tile:
-    return Tile(rows=64 if C > 128 else 128, columns=64, warps=4, stages=2)
+def _linear_resident(x: Tensor, weight: Tensor, bias, out: Tensor, norm=None, residual=None) -> None:
+    """norm(x) @ weight.T + bias + residual into out, for few enough weights."""
+    N, C = weight.shape
+    M = x.numel() // C
+    share = _resident_share(C, N)
+    rows = 64 if C > 128 or (residual is not None and residual.dtype == torch.float32) else 128
+    tile = Tile(rows=rows, columns=min(64, share & -share), warps=4, stages=2)
+    programs = max(1, 2 * _multiprocessors(x) // (N // share))
+    norm_weight, norm_bias, eps = norm or (weight, weight, 0.0)
+    with _on_its_device(x):
+        linear_resident_kernel[(min(programs, triton.cdiv(M, tile.rows)), N // share)](
+            x, norm_weight, norm_bias, eps, weight, weight if bias is None else bias,
+            out if residual is None else residual, out, M,
+            *_parts(C), N, share, norm is not None, bias is not None, residual is not None,
+            programs, tile.rows, tile.columns, tile.stages, _dot_type(x.dtype if norm is None else out.dtype, x),
+            num_warps=tile.warps,
+        )  # fmt: skip
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, casts: tuple[Tensor, ...] = ()):

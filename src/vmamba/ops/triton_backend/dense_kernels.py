@@ -228,33 +228,42 @@ def mlp_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def norm_linear_resident_kernel(
-    x, norm_weight, norm_bias, eps, weight, bias, out, M,
-    C0: tl.constexpr, C1: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, HAS_BIAS: tl.constexpr,
+def linear_resident_kernel(
+    x, norm_weight, norm_bias, eps, weight, bias, residual, out, M,
+    C0: tl.constexpr, C1: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """out = LayerNorm(x) weight.T (+ bias), a share of the weights in shared memory from first to last.
+    """out = norm(x) weight.T (+ bias) (+ residual), a share of the weights in shared memory from first to last.
 
-    x (M, C0 + C1); weight (N, C); out (M, N). Grid: (PROGRAMS or fewer, N / SHARE).
+    x (M, C0 + C1), LayerNorm of it where NORM; weight (N, C); residual and out (M, N). Grid: (PROGRAMS or fewer,
+    N / SHARE).
     """
     C: tl.constexpr = C0 + C1
     first = tl.program_id(1) * SHARE
     w = ()
     for j in tl.static_range(SHARE // BN):
-        w = w + (_parts_of_rows(weight, first + j * BN + tl.arange(0, BN), C0, C1, DOT),)  # noqa: RUF005  (*...) is not Triton
+        o_n = first + j * BN + tl.arange(0, BN)
+        w = w + (_parts_of_rows(weight, o_n, C0, C1, DOT),)  # noqa: RUF005  (*...) is not Triton
     for i in tl.range(tl.program_id(0), tl.cdiv(M, BM), PROGRAMS, num_stages=STAGES):
         zero = _later(i, 16)
         o_m = i * BM + tl.arange(0, BM)
         m = (o_m < M)[:, None]
         o_m = o_m.to(tl.int64)[:, None]
         xa, xb = _load_parts(x + o_m * C, m, C0, C1)
-        na, nb = _normalise_parts(xa, xb, norm_weight + zero, norm_bias + zero, eps, C0, C1, DOT)
+        if NORM:
+            na, nb = _normalise_parts(xa, xb, norm_weight + zero, norm_bias + zero, eps, C0, C1, DOT)
+        else:
+            na, nb = xa.to(DOT), xb.to(DOT)
         for j in tl.static_range(SHARE // BN):
             o_n = first + j * BN + tl.arange(0, BN)
             b = _dot_parts(na, nb, w[j][0], w[j][1], C1)
             if HAS_BIAS:
                 b += tl.load(bias + zero + o_n).to(tl.float32)[None, :]
-            tl.store(out + o_m * N + o_n[None, :], b.to(out.dtype.element_ty), mask=m)
+            o = o_m * N + o_n[None, :]
+            if RESIDUAL:
+                b += tl.load(residual + o, mask=m, other=0.0).to(tl.float32)
+            tl.store(out + o, b.to(out.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["M", "n_rows", "size1", "size2"])
