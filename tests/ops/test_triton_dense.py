@@ -42,10 +42,11 @@ def dense():
     return dense
 
 
-@pytest.fixture(params=["few rows", "many rows"])
+@pytest.fixture(params=["few rows", "many rows", "the library's products"])
 def regime(request, dense, monkeypatch):
     """Kernels for few rows and for many, each on few rows."""
-    monkeypatch.setattr(dense, "_FEW_ROWS", 8192 if request.param == "few rows" else 0)
+    monkeypatch.setattr(dense, "_few", lambda *_: request.param == "few rows")
+    monkeypatch.setattr(dense, "_LIBRARY_DEPTH", 0 if request.param.startswith("the") else 1 << 20)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -28,9 +28,13 @@ __all__ = ["layer_norm", "linear_residual", "norm_linear", "norm_mlp"]
 _COMPUTED = (torch.bfloat16, torch.float16)
 _STREAMS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Up to so many rows the programs of a kernel that walks over rows would not fill the device's multiprocessors, and
-# time goes into reading weights: there a tile is few rows and few columns.
-_FEW_ROWS = 8192
+# Few rows: a program takes few rows and few columns and reads the weights as they are, so they are read, and rounded,
+# once for each of its rows' tiles. Measured with one image: all stages of VMamba-T are below both limits.
+_FEW_ROWS = 4096
+_FEW_ROWS_BYTES = 48 * 1024 * 1024
+# From this depth on, products of many rows are left to the library: 25088x384x384 takes it 0.016 ms, the kernel here
+# 0.022; 1536 to 384 0.044 and about 0.014 for the residual sum after it, the kernel 0.064.
+_LIBRARY_DEPTH = 384
 _RESIDENT_BYTES = 160 * 1024  # of weights in shared memory; 227 KB a multiprocessor, the rest for rows on their way
 
 
@@ -47,8 +51,16 @@ class Tile(NamedTuple):
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last dimension of x (..., C), mean and variance in fp32, in dtype."""
     _check(x, dtype)
+    x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _norm(x.contiguous(), weight, bias, eps, out)
+    C = x.shape[-1]
+    width = triton.next_power_of_2(C)
+    rows = max(1, 4096 // width)
+    if x.numel():
+        with _on_its_device(x):
+            norm_kernel[(triton.cdiv(x.numel() // C, rows),)](
+                x, weight, bias, eps, out, x.numel() // C, C, width, rows, num_warps=4
+            )  # fmt: skip
     return out
 
 
@@ -73,14 +85,12 @@ def norm_linear(
     if M == 0:
         return out
     norm = (norm_weight, norm_bias, eps)
-    if M <= _FEW_ROWS:
+    if _few(M, N, C) and C <= 128:
         _linear(x, weight, bias, out, norm=norm)
-    elif _resident_share(C, N):
+    elif not _few(M, N, C) and _resident_share(C, N):
         _linear_resident(x, weight, bias, out, norm=norm)
     else:
-        normalised = torch.empty(x.shape, dtype=dtype, device=x.device)
-        (weight,) = _norm(x, *norm, normalised, (weight,))
-        _linear(normalised, weight, bias, out)
+        _product(layer_norm(x, *norm, dtype), weight, bias, out)
     return out
 
 
@@ -88,7 +98,7 @@ def norm_mlp(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dtype: torch.dtype, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """x + fc2(gelu(fc1(LayerNorm(x)))), GELU exact, computed in dtype and summed in fp32, (..., C) in out_dtype.
+    """x + fc2(gelu(fc1(LayerNorm(x)))), GELU exact, computed in dtype, (..., C) in out_dtype.
 
     x (..., C); norm_weight, norm_bias, b2 (C,); w1 (N, C), b1 (N,), w2 (C, N). Raises TypeError for a dtype other than
     bf16 and fp16 or an out_dtype that is none of fp32, bf16 and fp16, ValueError for shapes that do not fit.
@@ -99,10 +109,10 @@ def norm_mlp(
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     if M == 0:
         return out
-    parts = _parts(C)
+    parts, few = _parts(C), _few(M, N, C)
     constants = {"DOT": _dot_type(dtype, x), "FINE": dtype == torch.float16}
     norm = (norm_weight, norm_bias, eps)
-    if M > _FEW_ROWS and parts and N % 64 == 0 and 4 * C * N <= _RESIDENT_BYTES:
+    if not few and parts and N % 64 == 0 and 4 * C * N <= _RESIDENT_BYTES:
         tile = Tile(rows=128, columns=64, warps=8, stages=2)
         programs = _multiprocessors(x)
         with _on_its_device(x):
@@ -110,7 +120,7 @@ def norm_mlp(
                 x, *norm, w1, b1, w2, b2, out, M, *parts, N, programs,
                 tile.rows, tile.columns, tile.stages, **constants, num_warps=tile.warps,
             )  # fmt: skip
-    elif M > _FEW_ROWS and parts and N % 64 == 0 and C <= 192:
+    elif not few and parts and N % 64 == 0 and C <= 192:
         tile = Tile(rows=128, columns=64, warps=8, stages=3)
         with _on_its_device(x):
             mlp_kernel[(triton.cdiv(M, tile.rows),)](
@@ -119,18 +129,17 @@ def norm_mlp(
             )  # fmt: skip
     else:
         hidden = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
-        if M <= _FEW_ROWS:
+        if few and C <= 128:
             _linear(x, w1, b1, hidden, norm=norm, gelu=True)
         else:
-            normalised = torch.empty(x.shape, dtype=dtype, device=x.device)
-            w1, w2 = _norm(x, *norm, normalised, (w1, w2))
-            _linear(normalised, w1, b1, hidden, gelu=True)
-        _linear(hidden, w2, b2, out, residual=x)
+            # where each of many tiles would round the weights again, they are rounded once
+            _linear(layer_norm(x, *norm, dtype), w1 if few else w1.to(dtype), b1, hidden, gelu=True)
+        _product(hidden, w2, b2, out, residual=x)
     return out
 
 
 def linear_residual(y: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """residual + y @ weight.T (+ bias), the product in y's dtype and the sum in fp32, (..., N) in out_dtype.
+    """residual + y @ weight.T (+ bias), the product in y's dtype, (..., N) in out_dtype.
 
     y (..., K) in bf16 or fp16; weight (N, K); bias (N,); residual (..., N). Raises as `norm_mlp` does.
     """
@@ -143,14 +152,11 @@ def linear_residual(y: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     y, weight, residual = y.contiguous(), weight.contiguous(), residual.contiguous()
     N, K = weight.shape
     M = out.numel() // N
-    # beyond, the residual's tiles on their way and the weights do not fit twice
-    if M > _FEW_ROWS and K <= 128 and _resident_share(K, N):
+    # with more columns, the residual's tiles on their way and the weights do not fit twice
+    if not _few(M, N, K) and K <= 128 and _resident_share(K, N):
         _linear_resident(y, weight, bias, out, residual=residual)
-    elif M > _FEW_ROWS:
-        # each of many tiles would round the weights again
-        _linear(y, weight.to(y.dtype), bias, out, residual=residual)
     elif M > 0:
-        _linear(y, weight, bias, out, residual=residual)
+        _product(y, weight, bias, out, residual=residual)
     return out
 
 
@@ -213,26 +219,32 @@ def _linear_resident(x: Tensor, weight: Tensor, bias, out: Tensor, norm=None, re
         )  # fmt: skip
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, casts: tuple[Tensor, ...] = ()):
-    """LayerNorm of x into out, and in the same launch up to two weights rounded to out's dtype."""
-    C = x.shape[-1]
-    M = x.numel() // C
-    width = triton.next_power_of_2(C)
-    wide = [w for w in casts if w.dtype != out.dtype]
-    rounded = [torch.empty_like(w, dtype=out.dtype) for w in wide]
-    rows = max(1, 4096 // width)
-    n_rows, copy = triton.cdiv(M, rows), 4096
-    programs = n_rows + sum(triton.cdiv(w.numel(), copy) for w in wide)
-    pairs = [*zip(wide, rounded, strict=True), (weight, weight), (weight, weight)][:2]
-    if programs:
-        with _on_its_device(x):
-            norm_kernel[(programs,)](
-                x, weight, bias, eps, out, M, n_rows,
-                *(part for w, r in pairs for part in (w, r, w.numel())),
-                C, width, rows, copy, len(wide), num_warps=4,
-            )  # fmt: skip
-    done = iter(rounded)
-    return tuple(w if w.dtype == out.dtype else next(done) for w in casts)
+def _few(M: int, N: int, K: int) -> bool:
+    """Whether a map of M rows from K to N numbers is cut into small tiles."""
+    return M <= _FEW_ROWS and triton.cdiv(M, _few_rows(M)) * N * K * 4 <= _FEW_ROWS_BYTES
+
+
+def _few_rows(M: int) -> int:
+    return 16 if M <= 1024 else 32
+
+
+def _product(x: Tensor, weight: Tensor, bias, out: Tensor, residual: Tensor | None = None) -> None:
+    """x @ weight.T + bias + residual into out."""
+    (N, K), M = weight.shape, x.numel() // x.shape[-1]
+    if _few(M, N, K):
+        _linear(x, weight, bias, out, residual=residual)
+    elif K < _LIBRARY_DEPTH:
+        _linear(x, weight.to(x.dtype), bias, out, residual=residual)
+    else:
+        y = out if residual is None else torch.empty(out.shape, dtype=x.dtype, device=x.device)
+        factors = x.view(M, K), weight.to(x.dtype).t()
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if bias is None:
+                torch.mm(*factors, out=y.view(M, N))
+            else:
+                torch.addmm(bias.to(x.dtype), *factors, out=y.view(M, N))
+            if residual is not None:
+                torch.add(residual, y, out=out)
 
 
 def _linear(x: Tensor, weight: Tensor, bias, out: Tensor, norm=None, gelu: bool = False, residual=None) -> None:
@@ -253,10 +265,10 @@ def _linear(x: Tensor, weight: Tensor, bias, out: Tensor, norm=None, gelu: bool 
 
 
 def _linear_tile(M: int, N: int, K: int) -> Tile:
-    if M > _FEW_ROWS:
+    if not _few(M, N, K):
         return Tile(rows=128, columns=128, warps=8, stages=3)
-    rows = 16 if M <= 1024 else 32
-    return Tile(rows=rows, columns=32 if rows == 16 else 64, warps=4, stages=4)
+    rows = _few_rows(M)
+    return Tile(rows=rows, columns=2 * rows, warps=4, stages=4)
 
 
 def _multiprocessors(x: Tensor) -> int:

@@ -266,38 +266,22 @@ def linear_resident_kernel(
             tl.store(out + o, b.to(out.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["M", "n_rows", "size1", "size2"])
+@triton.jit(do_not_specialize=["M"])
 def norm_kernel(
-    x, weight, bias, eps, out, M, n_rows, source1, target1, size1, source2, target2, size2,
-    C: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, COPY: tl.constexpr, COPIES: tl.constexpr,
+    x, weight, bias, eps, out, M, C: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """out = LayerNorm(x), rows of C; beside it, on programs of its own, up to COPIES arrays to another dtype.
-
-    x, out (M, C). Grid: n_rows programs of BM rows, then for each array its size / COPY programs.
-    """
-    i = tl.program_id(0)
-    if i < n_rows:
-        o_m = i * BM + tl.arange(0, BM)
-        o_c = tl.arange(0, WIDTH)
-        m_c = o_c < C
-        m = (o_m < M)[:, None] & m_c[None, :]
-        o = o_m.to(tl.int64)[:, None] * C + o_c[None, :]
-        b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
-        b_x = tl.where(m_c[None, :], b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)
-        b_x *= tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / C) + eps)[:, None]
-        b_weight = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
-        b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
-        tl.store(out + o, (b_x * b_weight[None, :] + b_bias[None, :]).to(out.dtype.element_ty), mask=m)
-    elif COPIES > 0:
-        i -= n_rows
-        if i < tl.cdiv(size1, COPY):
-            o_1 = i * COPY + tl.arange(0, COPY)
-            b = tl.load(source1 + o_1, mask=o_1 < size1)
-            tl.store(target1 + o_1, b.to(target1.dtype.element_ty), mask=o_1 < size1)
-        elif COPIES > 1:
-            o_2 = (i - tl.cdiv(size1, COPY)) * COPY + tl.arange(0, COPY)
-            b_2 = tl.load(source2 + o_2, mask=o_2 < size2)
-            tl.store(target2 + o_2, b_2.to(target2.dtype.element_ty), mask=o_2 < size2)
+    """out = LayerNorm(x) of BM rows. x, out (M, C); WIDTH is C or the next power of two. Grid: (tiles of BM rows,)."""
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_c = tl.arange(0, WIDTH)
+    m_c = o_c < C
+    m = (o_m < M)[:, None] & m_c[None, :]
+    o = o_m.to(tl.int64)[:, None] * C + o_c[None, :]
+    b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+    b_x = tl.where(m_c[None, :], b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)
+    b_x *= tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / C) + eps)[:, None]
+    b_weight = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    tl.store(out + o, (b_x * b_weight[None, :] + b_bias[None, :]).to(out.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["M"])
