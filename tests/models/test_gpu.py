@@ -8,6 +8,8 @@ import pytest
 import timm
 import torch
 
+import vmamba  # noqa: F401  (registers our names with timm)
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
