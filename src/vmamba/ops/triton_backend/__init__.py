@@ -124,10 +124,9 @@ class Inference:
 
     @staticmethod
     def ss2d_norm(x, p, dt_weight, dt_bias, A, D, routes, norm_weight, norm_bias, eps):
-        from . import dense, ss2d
+        from . import ss2d
 
-        y, _ = ss2d.ss2d_forward(x, p, dt_weight, dt_bias, A, D, routes, False)
-        return dense.layer_norm(y, norm_weight, norm_bias, eps, x.dtype)
+        return ss2d.ss2d_norm_forward(x, p, dt_weight, dt_bias, A, D, routes, norm_weight, norm_bias, eps)
 
     @staticmethod
     def conv_norm_gelu(image, weight, bias, norm_weight, norm_bias, eps, dtype):

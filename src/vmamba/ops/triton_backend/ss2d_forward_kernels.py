@@ -168,10 +168,13 @@ def table_kernel(table, H, W, L, steps, K: tl.constexpr, ROUTES: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["H", "W", "L", "steps"])
 def merge_kernel(
-    parts, y, H, W, L, steps, K: tl.constexpr, E: tl.constexpr, ROUTES: tl.constexpr,
-    PIXELS: tl.constexpr, C: tl.constexpr,
+    parts, y, norm_weight, norm_bias, H, W, L, steps, eps, K: tl.constexpr, E: tl.constexpr, ROUTES: tl.constexpr,
+    NORM: tl.constexpr, PIXELS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """y (B, L, E) = the sum over routes of parts (B, K, steps, E), each put back at its pixels, summed in fp32."""
+    """y (B, L, E) = the sum over routes of parts (B, K, steps, E), each put back at its pixels, summed in fp32.
+
+    Where NORM the layer norm over E of that sum; C >= E then.
+    """
     n_l = (L + PIXELS - 1) // PIXELS
     i_b = (tl.program_id(0) // n_l).to(tl.int64)
     o_l = tl.program_id(0) % n_l * PIXELS + tl.arange(0, PIXELS)
@@ -182,4 +185,10 @@ def merge_kernel(
         o_t = step_of(o_l, L, H, W, ((ROUTES >> (2 * k)) & 1) == 1, ((ROUTES >> (2 * k)) & 2) == 2)
         o = ((i_b * K + k) * steps + o_t)[:, None] * E + o_c
         b_y += tl.load(parts + o, mask=m, other=0.0).to(tl.float32)
+    if NORM:
+        b_y = tl.where((o_c < E)[None, :], b_y - tl.sum(b_y, axis=1, keep_dims=True) / E, 0.0)
+        b_y *= tl.rsqrt(tl.sum(b_y * b_y, axis=1, keep_dims=True) / E + eps)
+        b_weight = tl.load(norm_weight + o_c, mask=o_c < E, other=0.0).to(tl.float32)
+        b_bias = tl.load(norm_bias + o_c, mask=o_c < E, other=0.0).to(tl.float32)
+        b_y = b_y * b_weight[None, :] + b_bias[None, :]
     tl.store(y + (i_b * L + o_l)[:, None] * E + o_c, b_y.to(y.dtype.element_ty), mask=m)
