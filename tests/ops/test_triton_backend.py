@@ -45,11 +45,12 @@ def test_states_of_the_1d_scan_are_kept_where_there_is_more_than_one_tile():
 
 
 @pytest.mark.skipif(interpreter_unusable() is not None, reason=str(interpreter_unusable()))
-@pytest.mark.parametrize("kernels", ["ss2d", "stem", "scan1d"])
+@pytest.mark.timeout(960)
+@pytest.mark.parametrize("kernels", ["dense", "ss2d", "stem", "scan1d"])
 def test_the_kernels_through_tritons_interpreter(kernels):
     """In a process of its own: Triton asks whether to interpret when it is imported."""
     tests = Path(__file__).with_name(f"test_triton_{kernels}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-1000:]
