@@ -107,6 +107,18 @@ def test_the_layer_norm_after_the_scan(N, E, dtype):
     assert error(found.cpu(), wanted) <= 4 * TOLERANCE[dtype]
 
 
+def test_more_channels_than_a_product_takes():
+    check(ss2d_problem(2, 1, 3, E=130, dtype=torch.float32))
+
+
+def test_many_steps_for_one_program_of_products(monkeypatch):
+    from vmamba.ops.triton_backend import ss2d
+
+    monkeypatch.setattr(ss2d, "_PRODUCTS", 1)
+    check(ss2d_problem(3, 5, 7, E=3, dtype=torch.float32))
+    check(ss2d_problem(5, 1, 2, E=3, N=2, dtype=torch.float32))
+
+
 def test_backward_without_states():
     check(ss2d_problem(1, 2, 5, E=3, dtype=torch.float32), keep=False)
 

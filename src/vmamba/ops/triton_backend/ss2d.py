@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,7 +13,12 @@ from torch import Tensor
 from .. import portable
 from ..routes import ROUTES
 from . import STEPS
-from .ss2d_backward_kernels import merge_code_kernel, ss2d_backward_kernel
+from .ss2d_backward_kernels import (
+    code_gradient_kernel,
+    merge_gradient_kernel,
+    ss2d_backward_kernel,
+    sum_parts_kernel,
+)
 from .ss2d_forward_kernels import merge_kernel, ss2d_forward_kernel, table_kernel
 from .ss2d_one_kernels import ss2d_forward_one_kernel, sum_kernel, sum_norm_kernel
 
@@ -22,6 +28,9 @@ __all__ = ["ss2d_backward", "ss2d_forward", "ss2d_norm_forward"]
 # would have fewer, walks are cut into segments, each of at least so many tiles.
 _PROGRAMS = 1584
 _LEAST_TILES = 4
+# Programs of one of four routes that run at once, for the backward's products with up to 128 channels a program; with
+# 256 two fifths as many. The limit is shared memory.
+_PRODUCTS = 165
 
 # N = 1 has a kernel of its own, faster where lanes can share what they load: from so many channels
 _OWN_KERNEL = 384
@@ -114,14 +123,6 @@ class _Plan:
         merge_kernel[grid](
             parts, y, weight, bias, self.H, self.W, self.L, self.steps, eps,
             K=self.K, E=self.E, ROUTES=self.route_bits, NORM=norm is not None, PIXELS=pixels, C=C,
-        )  # fmt: skip
-
-    def merge_code(self, parts: Tensor, gp: Tensor) -> None:
-        """gp (B, H, W, K*Q) = the sum over channel blocks of parts (n_c, B, K, steps, Q)."""
-        Q = self.R + 2 * self.N
-        merge_code_kernel[(self.B * -(-self.L // 32),)](
-            parts, gp, self.B, self.H, self.W, self.L, self.steps,
-            K=self.K, Q=Q, QP=triton.next_power_of_2(Q), n_parts=self.n_c, ROUTES=self.route_bits, PIXELS=32,
         )  # fmt: skip
 
 
@@ -301,23 +302,54 @@ def ss2d_backward(
     x, p, *weights = _prepare(*tensors)
     gy = gy.to(x.dtype).contiguous()
     plan = _Plan(x, p, dt_weight, A, routes, 32)
-    B, K, E, R, N, Q = plan.B, plan.K, plan.E, plan.R, plan.N, plan.R + 2 * plan.N
-    gx, gp = torch.empty_like(x), torch.empty_like(p)
+    (B, H, W, E), K, R, N, L, steps = x.shape, plan.K, plan.R, plan.N, plan.L, plan.steps
+    # sums over channels and pixels: bf16 for bf16; for fp32, and for fp16, whose range gradients may leave, three tf32
+    # products, as good as one in fp32
+    bf16 = x.dtype == torch.bfloat16
+    products = {"SUM": tl.bfloat16 if _dot_type(p) == tl.bfloat16 else tl.float32, "PRECISION": "tf32x3"}
     fp32 = {"dtype": torch.float32, "device": x.device}
+    walks = (B, K, steps)
+    # products with gz: whole pixels where they fit into shared memory, else 64 channels of many steps at a time; blocks
+    # of so many steps of so many images, and so many blocks a program that all programs run at once
+    widest = 256 if bf16 else 128
+    whole = widest >= E
+    rows, width = (64, triton.next_power_of_2(max(16, E))) if whole else (256 if bf16 else 128, 64)
+    block = min(rows, triton.next_power_of_2(steps))
+    images = rows // block
+    blocks = -(-B // images) * -(-steps // block)
+    G = -(-blocks // (_PRODUCTS if width <= 128 else -(-_PRODUCTS * 2 // 5))) if whole else 1
     with _on_device_of(x):
-        gx_parts = torch.empty((B, K, plan.steps, E), dtype=x.dtype, device=x.device)
-        gp_parts = torch.empty((plan.n_c, B, K, plan.steps, Q), **fp32)
-        weight_parts = [torch.empty((B * plan.segments, K * E * n), **fp32) for n in (R, 1, N, 1)]
+        gx_parts = torch.empty((*walks, E), dtype=x.dtype, device=x.device)
+        gz = torch.empty((*walks, E), dtype=torch.bfloat16 if bf16 else torch.float32, device=x.device)
+        gBC = torch.empty((plan.n_c, *walks, 2 * N), **fp32)
+        g_channels = torch.empty((B * plan.segments, (N + 2) * K * E), **fp32)
+        g_weight = torch.empty((-(-blocks // G), K * E * R), **fp32)
+        gx, gp, *gradients = (torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in tensors)
+        table = plan.table(x)
         carry, ends, sums = plan.segment_buffers(x.device)
-        arguments = (gy, x, p, *weights, plan.table(x), states, gx_parts, gp_parts, *weight_parts)
-        # sums over channels and pixels: bf16 for bf16; for fp32, and for fp16, whose range gradients may leave, three
-        # tf32 products, as good as one in fp32
-        dot = plan.constants["DOT"]
-        constants = {**plan.constants, "SUM": dot if dot == tl.bfloat16 else tl.float32, "PRECISION": "tf32x3"}
+        arguments = (gy, x, p, *weights[:3], table, states, gx_parts, gz, gBC, g_channels)
+        constants = {
+            "K": K, "E": E, "R": R, "N": N, "S": STEPS, "C": plan.C, "LANE": plan.C // 32,
+            "QP": max(16, triton.next_power_of_2(R)), "DOT": _dot_type(p), **products,
+            "EXACT": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
+            # stages 1 and 2: all programs of stage 1 at once; 0.69 ms with the limit, 1.0 without
+            "maxnreg": 168 if R <= 16 and N == 1 else None,
+        }  # fmt: skip
         if plan.segments > 1:
             ss2d_backward_kernel[plan.grid](*arguments, ends, ends, sums, *plan.sizes, **constants, ENDS=True)
         ss2d_backward_kernel[plan.grid](*arguments, carry, ends, sums, *plan.sizes, **constants, ENDS=False)
-        plan.merge(gx_parts, gx)
-        plan.merge_code(gp_parts, gp)
-    gradients = (part.sum(0).view(w.shape).to(w.dtype) for part, w in zip(weight_parts, tensors[2:], strict=True))
-    return gx, gp.to(tensors[1].dtype), *gradients
+        code_gradient_kernel[(g_weight.shape[0], K)](
+            gz, gBC, p, weights[0], table, gp, g_weight, B, L, steps, G,
+            K=K, E=E, R=R, N=N, n_parts=plan.n_c, IMAGES=images, STEPS=block, C=width, QP=constants["QP"],
+            NP=triton.next_power_of_2(2 * N), **products, num_warps=max(4, rows // 32),
+        )  # fmt: skip
+        vector = math.gcd(E, 8)
+        merge_gradient_kernel[(B * -(-L * (E // vector) // 256),)](
+            gx_parts, gy, weights[3], gx, H, W, L, steps, K=K, E=E, ROUTES=plan.route_bits, VECTOR=vector, BLOCK=256
+        )
+        blocks = -(-K * E * R // 64) + -(-K * E * N // 64) + 2 * -(-K * E // 64)
+        sum_parts_kernel[(blocks,)](
+            g_weight, g_channels, *gradients, g_weight.shape[0], g_channels.shape[0],
+            KE=K * E, R=R, N=N, ROWS=32, BLOCK=64,
+        )  # fmt: skip
+    return gx, gp, *gradients
