@@ -1,22 +1,29 @@
 """Depthwise 3x3 convolution with SiLU of channels-last images, forward and backward.
 
-A program makes pairs of rows for 32 channels and walks along them, column after column. A column of a pair is four
-numbers a channel: each is read once, turned to fp32 once and given from registers to the up to six results that it
-takes part in. Two columns are in flight while one is worked on. Rows are paired within an image, and a program's pairs
-may be of several images.
+A row of an image is W * E contiguous numbers, and a step to the next column is a step of E: so a row is cut into
+blocks of neighbouring numbers whatever E is, and a program walks down one block, row after row. A row is loaded three
+times (itself, one column to the left, one to the right; the second and third time from L1) and, from registers, given
+to the three outputs that it takes part in. The images are walked as one tall image with a row of zeros between each
+two, so that one program may walk several, with the weights loaded once; the row of zeros is never in memory.
 
 Counted at (128, 56, 56, 96) in bf16: 77 MB a tensor at 4.3 TB/s, and instructions of the inner loops in sm_90 machine
 code at 28.7e12 lanes a second (H200: 132 multiprocessors, 128 lanes, 1.7 GHz), every slot taken:
 
-    forward       x -> y                             154 MB, 0.036 ms    23 instructions an element, 0.031 ms
-    backward 1    gy, x -> gpre, gweight, gbias      231 MB, 0.054 ms    39                          0.052 ms
-    backward 2    gpre -> gx, a forward              154 MB, 0.036 ms    17                          0.023 ms
+    forward       x -> y                             154 MB, 0.036 ms    25 instructions an element, 0.034 ms
+    backward 1    gy, x -> gpre, gweight, gbias      231 MB, 0.054 ms    47                          0.063 ms
+    backward 2    gpre -> gx, a forward              154 MB, 0.036 ms    19                          0.025 ms
+
+One fused backward would save 154 MB, 0.036 ms. But the stencil over gpre needs it in three columns, and neighbouring
+columns are in other lanes: each lane would make all three, twice more the 9 products and the 8 instructions of SiLU's
+derivative, and the loads: at least 34 instructions an element, 0.046 ms, and registers for a second column on either
+side.
 
 Names: o_* offsets, b_* blocks in registers, i_* indices, m_* masks. Letters as in ops/README.md.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -28,18 +35,24 @@ from torch import Tensor
 __all__ = ["BACKWARD", "FORWARD", "Tile", "conv_backward", "conv_forward"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
-_CHANNELS = 32  # of a program: 64 bytes of a pixel in bf16
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its work: pairs of rows a program, and as few columns that there are so many programs."""
+    """How a kernel cuts its work: numbers of a row a program, its warps, and rows in flight (1: only in registers)."""
 
-    pairs: int
-    programs: int
+    block: int
+    warps: int
+    stages: int
+    programs: int = 4096  # walks are made this many or fewer, to load the weights seldom
 
 
-FORWARD = Tile(pairs=4, programs=2048)
-BACKWARD = Tile(pairs=4, programs=2048)
+# On an H200, 128 images at 224 px, the best or within 3% of it in every stage: 0.072, 0.039, 0.017 and 0.011 ms, a
+# half of the bytes' speed (4096 programs: 0.074, 0.041, 0.020, 0.013; torch's convolution and SiLU: 0.215, 0.110,
+# 0.054, 0.030)
+FORWARD = Tile(block=256, warps=1, stages=1, programs=2048)
+# likewise 0.206, 0.122 and 0.076 ms in the three large stages (2048 programs: 0.222, 0.128, 0.094; torch: 0.355,
+# 0.258, 0.112)
+BACKWARD = Tile(block=128, warps=1, stages=1, programs=4096)
 
 
 @triton.jit
@@ -50,32 +63,13 @@ def _sigmoid(b):
 
 
 @triton.jit
-def _channels(E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(the channels of this program, its place among those of the same channels, how many those are)."""
-    N_BLOCKS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    o_e = tl.program_id(0) % N_BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
-    return o_e, tl.program_id(0) // N_BLOCKS, tl.num_programs(0) // N_BLOCKS
-
-
-@triton.jit
-def _pairs(i_tile, o_e, H, n_pairs, E: tl.constexpr, PAIRS: tl.constexpr):
-    """Rows of the pairs of a tile, counted from the first of them, and that row of all rows; masks (pairs, channels) of
-    the row above a pair, of its two, of the row below."""
-    n_each = (H + 1) // 2  # pairs of an image
-    first = i_tile * PAIRS
-    i_pair = first + tl.arange(0, PAIRS)
-    i_h = i_pair % n_each * 2
-    i_row = (i_pair // n_each - first // n_each) * H + i_h - first % n_each * 2
-    first_row = tl.full((), H, tl.int64) * (first // n_each) + first % n_each * 2
-    m = (i_pair < n_pairs)[:, None] & (o_e < E)[None, :]
-    return i_row, first_row, m & (i_h > 0)[:, None], m, m & (i_h + 1 < H)[:, None], m & (i_h + 2 < H)[:, None]
-
-
-@triton.jit
-def _columns(W, n_columns):
-    """The columns that a program walks, by its second number."""
-    first = tl.program_id(1) * n_columns
-    return first, tl.minimum(first + n_columns, W)
+def _columns(i_n, W, E: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """(offsets in a row of y, offsets in a row of x, channels, masks of left neighbour, itself, right neighbour)."""
+    o_y = i_n * BLOCK + tl.arange(0, BLOCK)
+    o_e = tl.max_contiguous(tl.multiple_of(o_y % E, VECTOR), VECTOR)
+    o_x = tl.max_contiguous(tl.multiple_of(o_y // E * PITCH + o_e, VECTOR), VECTOR)
+    m = o_y < W * E
+    return o_y, o_x, o_e, m & (o_y >= E), m, o_y < (W - 1) * E
 
 
 @triton.jit
@@ -85,215 +79,197 @@ def _both(m, condition):
 
 
 @triton.jit
-def _load_column(x, o_x, row, m0, m1, m2, m3, inside):
-    """A column of a pair of rows and of those around it, zeros outside the image."""
+def _load_row(x, o_x, m_left, m, m_right, inside, PITCH: tl.constexpr):
+    """A row of x with its left and right neighbours, zeros outside the image."""
     return (
-        tl.load(x - row + o_x, mask=_both(m0, inside), other=0.0),
-        tl.load(x + o_x, mask=_both(m1, inside), other=0.0),
-        tl.load(x + row + o_x, mask=_both(m2, inside), other=0.0),
-        tl.load(x + 2 * row + o_x, mask=_both(m3, inside), other=0.0),
+        tl.load(x + o_x - PITCH, mask=_both(m_left, inside), other=0.0),
+        tl.load(x + o_x, mask=_both(m, inside), other=0.0),
+        tl.load(x + o_x + PITCH, mask=_both(m_right, inside), other=0.0),
     )
 
 
 @triton.jit
-def _load_vector(vector, o_e, E: tl.constexpr, SUM: tl.constexpr):
-    return tl.load(vector, mask=o_e < E, other=0.0).to(SUM)[None, :]
+def _load_weight(weight, o_e, E: tl.constexpr, TAP: tl.constexpr, SUM: tl.constexpr):
+    return tl.load(weight + TAP * E + o_e).to(SUM)
 
 
-@triton.jit(do_not_specialize=["H", "W", "n_pairs", "n_columns"])
+@triton.jit
+def _row_number(v, H):
+    """(row of the tall image without zero rows at or after v, place in the image or H for a row of zeros); v >= -1."""
+    i_b = (v + H + 1) // (H + 1) - 1
+    return v - i_b, v - i_b * (H + 1)
+
+
+@triton.jit
+def _advance(row, h, H, step):
+    """Pointer and place of the row after the one at place h; a row of zeros has no memory."""
+    return row + tl.where(h < H, step, 0), tl.where(h < H, h + 1, 0)
+
+
+@triton.jit(do_not_specialize=["H", "W", "n_rows", "n_each"])
 def conv_forward_kernel(
-    x, weight, bias, y, H, W, n_pairs, n_columns,
+    x, weight, bias, y, H, W, n_rows, n_each,
     E: tl.constexpr, PITCH: tl.constexpr, FLIP: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SUM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_E: tl.constexpr,
+    SUM: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = act(conv(x) + bias) for one tile of pairs of rows, one block of channels and n_columns columns.
+    """y = act(conv(x) + bias) for n_each rows of the tall image of n_rows, and one block of a row.
 
-    x (B, H, W, E), PITCH numbers from pixel to pixel; weight (E, 9), the last tap first where FLIP; bias (E,); y
-    (B, H, W, E), contiguous. Grid: (tiles of pairs * blocks of channels, shares of the columns).
+    x (B, H, W, E), PITCH numbers from pixel to pixel; weight (9, E), last tap first where FLIP; bias (E,); y
+    (B, H, W, E), contiguous. Grid: (blocks of a row, shares of the rows).
     """
-    o_e, i_tile, _ = _channels(E, BLOCK_E)
+    o_y, o_x, o_e, m_left, m, m_right = _columns(tl.program_id(0), W, E, PITCH, BLOCK, VECTOR)
     LAST: tl.constexpr = 8 if FLIP else 0
     SIGN: tl.constexpr = -1 if FLIP else 1
-    o_w = weight + o_e * 9 + LAST
-    w00 = _load_vector(o_w, o_e, E, SUM)
-    w01 = _load_vector(o_w + SIGN, o_e, E, SUM)
-    w02 = _load_vector(o_w + SIGN * 2, o_e, E, SUM)
-    w10 = _load_vector(o_w + SIGN * 3, o_e, E, SUM)
-    w11 = _load_vector(o_w + SIGN * 4, o_e, E, SUM)
-    w12 = _load_vector(o_w + SIGN * 5, o_e, E, SUM)
-    w20 = _load_vector(o_w + SIGN * 6, o_e, E, SUM)
-    w21 = _load_vector(o_w + SIGN * 7, o_e, E, SUM)
-    w22 = _load_vector(o_w + SIGN * 8, o_e, E, SUM)
-    b_bias = tl.zeros((PAIRS, BLOCK_E), SUM)
+    w00 = _load_weight(weight, o_e, E, LAST, SUM)
+    w01 = _load_weight(weight, o_e, E, LAST + SIGN, SUM)
+    w02 = _load_weight(weight, o_e, E, LAST + SIGN * 2, SUM)
+    w10 = _load_weight(weight, o_e, E, LAST + SIGN * 3, SUM)
+    w11 = _load_weight(weight, o_e, E, 4, SUM)
+    w12 = _load_weight(weight, o_e, E, LAST + SIGN * 5, SUM)
+    w20 = _load_weight(weight, o_e, E, LAST + SIGN * 6, SUM)
+    w21 = _load_weight(weight, o_e, E, LAST + SIGN * 7, SUM)
+    w22 = _load_weight(weight, o_e, E, LAST + SIGN * 8, SUM)
     if HAS_BIAS:
-        b_bias += _load_vector(bias + o_e, o_e, E, SUM)
+        b_bias = tl.load(bias + o_e).to(SUM)
+    else:
+        b_bias = tl.zeros((BLOCK,), SUM)
 
-    i_row, first_row, m0, m1, m2, m3 = _pairs(i_tile, o_e, H, n_pairs, E, PAIRS)
-    first, last = _columns(W, n_columns)
-    x_row, y_row = W * PITCH, W * E
-    x += (first_row * W + first) * PITCH
-    y += (first_row * W + first) * E
-    o_x, o_y = i_row[:, None] * x_row + o_e[None, :], i_row[:, None] * y_row + o_e[None, :]
-    x0, x1, x2, x3 = _load_column(x - PITCH, o_x, x_row, m0, m1, m2, m3, first > 0)
-    next0, next1, next2, next3 = _load_column(x, o_x, x_row, m0, m1, m2, m3, True)
-    # sums, as far as they are known, of the column left of the one that comes and of its own, for each row of a pair
-    left0, left1, here0, here1 = b_bias, b_bias, b_bias, b_bias
-    for i in tl.range(first - 1, last + 1, loop_unroll_factor=2):
-        x += PITCH
-        b0, b1, b2, b3 = x0.to(SUM), x1.to(SUM), x2.to(SUM), x3.to(SUM)
-        x0, x1, x2, x3 = next0, next1, next2, next3
-        next0, next1, next2, next3 = _load_column(x, o_x, x_row, m0, m1, m2, m3, (i + 2 < W) & (i + 2 <= last))
-        y0 = left0 + w02 * b0 + w12 * b1 + w22 * b2
-        y1 = left1 + w02 * b1 + w12 * b2 + w22 * b3
-        left0 = here0 + w01 * b0 + w11 * b1 + w21 * b2
-        left1 = here1 + w01 * b1 + w11 * b2 + w21 * b3
-        here0 = b_bias + w00 * b0 + w10 * b1 + w20 * b2
-        here1 = b_bias + w00 * b1 + w10 * b2 + w20 * b3
+    first = tl.program_id(1) * n_each
+    last = tl.minimum(first + n_each, n_rows)
+    x_step, y_step = (W * PITCH).to(tl.int64), (W * E).to(tl.int64)
+    i_row, _ = _row_number(first, H)
+    y += i_row * y_step
+    i_row, h = _row_number(first - 1, H)
+    x += i_row * x_step
+    left, centre, right = _load_row(x, o_x, m_left, m, m_right, h < H, PITCH)
+    left, centre, right = left.to(SUM), centre.to(SUM), right.to(SUM)
+    b_above = b_bias  # sums of the row above v, and of v, as far as they are known
+    b_here = b_bias
+    for v in tl.range(first - 1, last + 1, num_stages=STAGES):
+        # the row above v is a row of zeros where v is the first of an image
+        m_store = (v > first) & (h > 0)
+        x, h = _advance(x, h, H, x_step)
+        next_left, next_centre, next_right = _load_row(x, o_x, m_left, m, m_right, (h < H) & (v < last), PITCH)
+        b_y = b_above + w20 * left + w21 * centre + w22 * right
+        b_above = b_here + w10 * left + w11 * centre + w12 * right
+        b_here = b_bias + w00 * left + w01 * centre + w02 * right
         if SILU:
-            y0 *= _sigmoid(y0)
-            y1 *= _sigmoid(y1)
-        o_column = y + (i - 1 - first) * E
-        tl.store(o_column + o_y, y0.to(y.dtype.element_ty), mask=_both(m1, i > first))
-        tl.store(o_column + y_row + o_y, y1.to(y.dtype.element_ty), mask=_both(m2, i > first))
+            b_y *= _sigmoid(b_y)
+        tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=_both(m, m_store))
+        y += tl.where(m_store, y_step, 0)
+        left, centre, right = next_left.to(SUM), next_centre.to(SUM), next_right.to(SUM)
 
 
-@triton.jit(do_not_specialize=["H", "W", "n_pairs", "n_columns", "n_tiles"])
+@triton.jit(do_not_specialize=["H", "W", "n_rows", "n_each"])
 def conv_backward_kernel(
-    gy, x, weight, bias, gpre, partials, H, W, n_pairs, n_columns, n_tiles,
+    gy, x, weight, bias, gpre, partials, H, W, n_rows, n_each,
     E: tl.constexpr, PITCH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SUM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_E: tl.constexpr,
+    SUM: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """gpre = gy * act'(conv(x) + bias), and this program's share of the gradients of weight and bias.
 
-    gy, gpre (B, H, W, E), contiguous, gpre written only where SILU (else it is gy); partials (shares of the columns,
-    programs of the same channels, 10, E): nine sums of gpre * x, one a tap, and the sum of gpre. Grid: (shares of the
-    tiles of pairs * blocks of channels, shares of the columns).
+    gy, gpre (B, H, W, E), contiguous, gpre written only where SILU (else it is gy); partials (shares of the rows, 10,
+    W * E), for each column: nine sums of gpre * x, one a tap, and the sum of gpre. Grid: (blocks of a row, shares of
+    the rows).
     """
-    o_e, i_share, n_shares = _channels(E, BLOCK_E)
+    o_y, o_x, o_e, m_left, m, m_right = _columns(tl.program_id(0), W, E, PITCH, BLOCK, VECTOR)
     if SILU:
-        o_w = weight + o_e * 9
-        w00 = _load_vector(o_w, o_e, E, SUM)
-        w01 = _load_vector(o_w + 1, o_e, E, SUM)
-        w02 = _load_vector(o_w + 2, o_e, E, SUM)
-        w10 = _load_vector(o_w + 3, o_e, E, SUM)
-        w11 = _load_vector(o_w + 4, o_e, E, SUM)
-        w12 = _load_vector(o_w + 5, o_e, E, SUM)
-        w20 = _load_vector(o_w + 6, o_e, E, SUM)
-        w21 = _load_vector(o_w + 7, o_e, E, SUM)
-        w22 = _load_vector(o_w + 8, o_e, E, SUM)
-        b_bias = tl.zeros((PAIRS, BLOCK_E), SUM)
+        w00 = _load_weight(weight, o_e, E, 0, SUM)
+        w01 = _load_weight(weight, o_e, E, 1, SUM)
+        w02 = _load_weight(weight, o_e, E, 2, SUM)
+        w10 = _load_weight(weight, o_e, E, 3, SUM)
+        w11 = _load_weight(weight, o_e, E, 4, SUM)
+        w12 = _load_weight(weight, o_e, E, 5, SUM)
+        w20 = _load_weight(weight, o_e, E, 6, SUM)
+        w21 = _load_weight(weight, o_e, E, 7, SUM)
+        w22 = _load_weight(weight, o_e, E, 8, SUM)
         if HAS_BIAS:
-            b_bias += _load_vector(bias + o_e, o_e, E, SUM)
+            b_bias = tl.load(bias + o_e).to(SUM)
+        else:
+            b_bias = tl.zeros((BLOCK,), SUM)
 
-    first, last = _columns(W, n_columns)
-    x_row, y_row = W * PITCH, W * E
-    s00 = tl.zeros((PAIRS, BLOCK_E), SUM)
+    first = tl.program_id(1) * n_each
+    last = tl.minimum(first + n_each, n_rows)
+    x_step, y_step = (W * PITCH).to(tl.int64), (W * E).to(tl.int64)
+    i_row, h_here = _row_number(first, H)
+    gy += i_row * y_step
+    gpre += i_row * y_step
+    b_g = tl.load(gy + o_y, mask=_both(m, h_here < H), other=0.0).to(SUM)
+    # the rows above v, v itself and below v, each with its neighbours
+    i_row, h = _row_number(first - 1, H)
+    x += i_row * x_step
+    x00, x01, x02 = _load_row(x, o_x, m_left, m, m_right, h < H, PITCH)
+    x, h = _advance(x, h, H, x_step)
+    x10, x11, x12 = _load_row(x, o_x, m_left, m, m_right, h < H, PITCH)
+    x, h = _advance(x, h, H, x_step)
+    x20, x21, x22 = _load_row(x, o_x, m_left, m, m_right, h < H, PITCH)
+    x00, x01, x02 = x00.to(SUM), x01.to(SUM), x02.to(SUM)
+    x10, x11, x12 = x10.to(SUM), x11.to(SUM), x12.to(SUM)
+    x20, x21, x22 = x20.to(SUM), x21.to(SUM), x22.to(SUM)
+    s00 = tl.zeros((BLOCK,), SUM)
     s01, s02, s10, s11, s12, s20, s21, s22, s_bias = s00, s00, s00, s00, s00, s00, s00, s00, s00
-    for i_tile in tl.range(i_share, n_tiles, n_shares):
-        i_row, first_row, m0, m1, m2, m3 = _pairs(i_tile, o_e, H, n_pairs, E, PAIRS)
-        o_x, o_y = i_row[:, None] * x_row + o_e[None, :], i_row[:, None] * y_row + o_e[None, :]
-        x_tile, o_tile = x + (first_row * W + first) * PITCH, (first_row * W + first) * E
-        # three columns of x, of them the last one on its way
-        x00, x10, x20, x30 = _load_column(x_tile - PITCH, o_x, x_row, m0, m1, m2, m3, first > 0)
-        x01, x11, x21, x31 = _load_column(x_tile, o_x, x_row, m0, m1, m2, m3, True)
-        next0, next1, next2, next3 = _load_column(x_tile + PITCH, o_x, x_row, m0, m1, m2, m3, first + 1 < W)
-        g0 = tl.load(gy + o_tile + o_y, mask=m1, other=0.0)
-        g1 = tl.load(gy + o_tile + y_row + o_y, mask=m2, other=0.0)
-        x00, x10, x20, x30 = x00.to(SUM), x10.to(SUM), x20.to(SUM), x30.to(SUM)
-        x01, x11, x21, x31 = x01.to(SUM), x11.to(SUM), x21.to(SUM), x31.to(SUM)
-        for i in tl.range(first, last, loop_unroll_factor=3):
-            x02, x12, x22, x32 = next0.to(SUM), next1.to(SUM), next2.to(SUM), next3.to(SUM)
-            x_column, o_column = x_tile + (i - first + 2) * PITCH, o_tile + (i - first) * E
-            next0, next1, next2, next3 = _load_column(
-                x_column, o_x, x_row, m0, m1, m2, m3, (i + 2 < W) & (i + 1 < last)
-            )
-            b_g0, b_g1 = g0.to(SUM), g1.to(SUM)
-            g0 = tl.load(gy + o_column + E + o_y, mask=_both(m1, i + 1 < last), other=0.0)
-            g1 = tl.load(gy + o_column + E + y_row + o_y, mask=_both(m2, i + 1 < last), other=0.0)
-            if SILU:
-                pre0 = b_bias + w00 * x00 + w01 * x01 + w02 * x02
-                pre1 = b_bias + w00 * x10 + w01 * x11 + w02 * x12
-                pre0 = pre0 + w10 * x10 + w11 * x11 + w12 * x12
-                pre1 = pre1 + w10 * x20 + w11 * x21 + w12 * x22
-                pre0 = pre0 + w20 * x20 + w21 * x21 + w22 * x22
-                pre1 = pre1 + w20 * x30 + w21 * x31 + w22 * x32
-                sigmoid0, sigmoid1 = _sigmoid(pre0), _sigmoid(pre1)
-                b_g0 *= sigmoid0 + sigmoid0 * (pre0 - pre0 * sigmoid0)
-                b_g1 *= sigmoid1 + sigmoid1 * (pre1 - pre1 * sigmoid1)
-                tl.store(gpre + o_column + o_y, b_g0.to(gpre.dtype.element_ty), mask=m1)
-                tl.store(gpre + o_column + y_row + o_y, b_g1.to(gpre.dtype.element_ty), mask=m2)
-            # one product after another: a sum of two products would be a multiplication and an addition more
-            s00 = s00 + b_g0 * x00 + b_g1 * x10
-            s01 = s01 + b_g0 * x01 + b_g1 * x11
-            s02 = s02 + b_g0 * x02 + b_g1 * x12
-            s10 = s10 + b_g0 * x10 + b_g1 * x20
-            s11 = s11 + b_g0 * x11 + b_g1 * x21
-            s12 = s12 + b_g0 * x12 + b_g1 * x22
-            s20 = s20 + b_g0 * x20 + b_g1 * x30
-            s21 = s21 + b_g0 * x21 + b_g1 * x31
-            s22 = s22 + b_g0 * x22 + b_g1 * x32
-            s_bias += b_g0 + b_g1
-            x00, x10, x20, x30 = x01, x11, x21, x31
-            x01, x11, x21, x31 = x02, x12, x22, x32
+    for v in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=3):
+        x, h = _advance(x, h, H, x_step)
+        next_left, next_centre, next_right = _load_row(x, o_x, m_left, m, m_right, (h < H) & (v + 1 < last), PITCH)
+        gy, h_next = _advance(gy, h_here, H, y_step)
+        b_next = tl.load(gy + o_y, mask=_both(m, (h_next < H) & (v + 1 < last)), other=0.0)
+        if SILU:
+            b_pre = b_bias + w00 * x00 + w01 * x01 + w02 * x02
+            b_pre = b_pre + w10 * x10 + w11 * x11 + w12 * x12
+            b_pre = b_pre + w20 * x20 + w21 * x21 + w22 * x22
+            b_sigmoid = _sigmoid(b_pre)
+            b_g *= b_sigmoid + b_pre * b_sigmoid * (1.0 - b_sigmoid)
+            tl.store(gpre + o_y, b_g.to(gpre.dtype.element_ty), mask=_both(m, h_here < H))
+            gpre, _ = _advance(gpre, h_here, H, y_step)
+        s00 += b_g * x00
+        s01 += b_g * x01
+        s02 += b_g * x02
+        s10 += b_g * x10
+        s11 += b_g * x11
+        s12 += b_g * x12
+        s20 += b_g * x20
+        s21 += b_g * x21
+        s22 += b_g * x22
+        s_bias += b_g
+        x00, x01, x02 = x10, x11, x12
+        x10, x11, x12 = x20, x21, x22
+        x20, x21, x22 = next_left.to(SUM), next_centre.to(SUM), next_right.to(SUM)
+        b_g = b_next.to(SUM)
+        h_here = h_next
 
-    i_share += tl.program_id(1) * n_shares
-    partials += tl.full((), 10 * E, tl.int64) * i_share + o_e
-    m = o_e < E
-    tl.store(partials, tl.sum(s00, 0), mask=m)
-    tl.store(partials + E, tl.sum(s01, 0), mask=m)
-    tl.store(partials + 2 * E, tl.sum(s02, 0), mask=m)
-    tl.store(partials + 3 * E, tl.sum(s10, 0), mask=m)
-    tl.store(partials + 4 * E, tl.sum(s11, 0), mask=m)
-    tl.store(partials + 5 * E, tl.sum(s12, 0), mask=m)
-    tl.store(partials + 6 * E, tl.sum(s20, 0), mask=m)
-    tl.store(partials + 7 * E, tl.sum(s21, 0), mask=m)
-    tl.store(partials + 8 * E, tl.sum(s22, 0), mask=m)
-    tl.store(partials + 9 * E, tl.sum(s_bias, 0), mask=m)
-
-
-@triton.jit(do_not_specialize=["n_shares"])
-def sum_kernel(
-    partials, g_weight, g_bias, n_shares, E: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """g_weight (E, 9) and g_bias (E,) in their dtype from partials (n_shares, 10, E). Grid: blocks of the 10 E."""
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i_share = tl.arange(0, SHARES)
-    b = tl.zeros((SHARES, BLOCK), partials.dtype.element_ty)
-    for first in tl.range(0, n_shares, SHARES):
-        m = (first + i_share < n_shares)[:, None] & (o < 10 * E)[None, :]
-        row = (first + i_share).to(tl.int64) * (10 * E)
-        b += tl.load(partials + row[:, None] + o[None, :], mask=m, other=0.0)
-    b_sum = tl.sum(b, 0)
-    i_tap, o_e = o // E, o % E
-    tl.store(g_weight + o_e * 9 + i_tap, b_sum.to(g_weight.dtype.element_ty), mask=i_tap < 9)
-    tl.store(g_bias + o_e, b_sum.to(g_bias.dtype.element_ty), mask=i_tap == 9)
+    partials += tl.program_id(1) * 10 * y_step + o_y
+    tl.store(partials, s00, mask=m)
+    tl.store(partials + y_step, s01, mask=m)
+    tl.store(partials + 2 * y_step, s02, mask=m)
+    tl.store(partials + 3 * y_step, s10, mask=m)
+    tl.store(partials + 4 * y_step, s11, mask=m)
+    tl.store(partials + 5 * y_step, s12, mask=m)
+    tl.store(partials + 6 * y_step, s20, mask=m)
+    tl.store(partials + 7 * y_step, s21, mask=m)
+    tl.store(partials + 8 * y_step, s22, mask=m)
+    tl.store(partials + 9 * y_step, s_bias, mask=m)
 
 
 class _Plan:
     """How one call is cut up, and the constants that its kernels are compiled for."""
 
     def __init__(self, x: Tensor, pitch: int, tile: Tile):
-        B, H, W, E = x.shape
-        n_pairs = B * ((H + 1) // 2)
-        block = min(_CHANNELS, triton.next_power_of_2(E))
-        self.n_tiles, n_blocks = triton.cdiv(n_pairs, tile.pairs), triton.cdiv(E, block)
-        n_columns = triton.cdiv(W, min(W, triton.cdiv(tile.programs, self.n_tiles * n_blocks)))
-        column_shares = triton.cdiv(W, n_columns)
-        self.grid = (self.n_tiles * n_blocks, column_shares)
-        # of a kernel whose programs take several tiles: as many programs as asked for, and all with as many tiles
-        n_each = triton.cdiv(self.n_tiles, max(1, tile.programs // n_blocks))
-        tile_shares = triton.cdiv(self.n_tiles, n_each)
-        self.grid_of_shares = (tile_shares * n_blocks, column_shares)
-        self.n_shares = tile_shares * column_shares
-        self.sizes = (H, W, n_pairs, n_columns)
+        self.B, self.H, self.W, self.E = x.shape
+        blocks = triton.cdiv(self.W * self.E, tile.block)
+        self.n_rows = self.B * (self.H + 1) - 1  # with a row of zeros between images
+        self.n_each = triton.cdiv(self.n_rows, max(1, min(self.n_rows, tile.programs // blocks)))
+        self.shares = triton.cdiv(self.n_rows, self.n_each)
+        self.grid = (blocks, self.shares)
+        self.sizes = (self.H, self.W, self.n_rows, self.n_each)
         self.sum_dtype = torch.promote_types(x.dtype, torch.float32)
         self.constants = {
-            "E": E,
+            "E": self.E,
             "PITCH": pitch,
             "SUM": tl.float64 if self.sum_dtype == torch.float64 else tl.float32,
-            "PAIRS": tile.pairs,
-            "BLOCK_E": block,
-            "num_warps": 1,
+            "BLOCK": tile.block,
+            "VECTOR": math.gcd(self.E, pitch, 16),
+            "STAGES": tile.stages,
+            "num_warps": tile.warps,
             "enable_fp_fusion": True,  # Triton means to change its default, and half of the arithmetic is a * b + c
         }
 
@@ -307,12 +283,17 @@ def _pitched(x: Tensor) -> tuple[Tensor, int]:
     return x, pitch
 
 
+def _taps(weight: Tensor) -> Tensor:
+    """(9, E), so that the weights of neighbouring channels are neighbours."""
+    return weight.flatten(1).t().contiguous()
+
+
 def _on_its_device(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, flip: bool, tile: Tile) -> Tensor:
+def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, flip: bool, tile: Tile) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
@@ -320,15 +301,15 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, flip: 
     plan = _Plan(x, pitch, tile)
     with _on_its_device(x):
         conv_forward_kernel[plan.grid](
-            x, weight, weight if bias is None else bias, y, *plan.sizes,
+            x, taps, taps if bias is None else bias, y, *plan.sizes,
             FLIP=flip, SILU=silu, HAS_BIAS=bias is not None, **plan.constants,
         )  # fmt: skip
     return y
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, tile: Tile = FORWARD) -> Tensor:
-    """act(conv(x) + bias) (see `dispatch.Backend`), contiguous; weight and bias may have a dtype of their own."""
-    return _convolve(x, weight.contiguous(), bias, activation == "silu", False, tile)
+    """act(conv(x) + bias) (see `dispatch.Backend`), contiguous."""
+    return _convolve(x, _taps(weight), bias, activation == "silu", False, tile)
 
 
 def conv_backward(
@@ -340,23 +321,19 @@ def conv_backward(
     tile: Tile = BACKWARD,
     tile_gx: Tile = FORWARD,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (see `dispatch.Backend`), from x itself: the sums before SiLU are made again.
-
-    Weight and bias may have a dtype of their own, in which their gradients are.
-    """
+    """Gradients of x, weight and bias (see `dispatch.Backend`), from x itself: the sums before SiLU are made again."""
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight[:, 0, 0, 0])
-    silu, weight = activation == "silu", weight.contiguous()
+    silu, taps = activation == "silu", _taps(weight)
     gy, (x, pitch) = gy.contiguous(), _pitched(x)
     gpre = torch.empty_like(gy) if silu else gy
     plan = _Plan(x, pitch, tile)
-    E = x.shape[3]
-    partials = torch.empty((plan.n_shares, 10, E), dtype=plan.sum_dtype, device=x.device)
-    g_weight, g_bias = torch.empty_like(weight), weight.new_empty(E)
+    partials = torch.empty((plan.shares, 10, plan.W, plan.E), dtype=plan.sum_dtype, device=x.device)
     with _on_its_device(x):
-        conv_backward_kernel[plan.grid_of_shares](
-            gy, x, weight, weight if bias is None else bias, gpre, partials, *plan.sizes, plan.n_tiles,
+        conv_backward_kernel[plan.grid](
+            gy, x, taps, taps if bias is None else bias, gpre, partials, *plan.sizes,
             SILU=silu, HAS_BIAS=bias is not None, **plan.constants,
         )  # fmt: skip
-        sum_kernel[(triton.cdiv(10 * E, 16),)](partials, g_weight, g_bias, plan.n_shares, E=E, SHARES=128, BLOCK=16)
-    return _convolve(gpre, weight, None, False, True, tile_gx), g_weight, g_bias
+    gx = _convolve(gpre, taps, None, False, True, tile_gx)
+    sums = partials.sum((0, 2))  # (10, E)
+    return gx, sums[:9].t().reshape(weight.shape).to(weight.dtype), sums[9].to(weight.dtype)
