@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import convolution
 from .dispatch import BACKENDS, choose
-from .library import DepthwiseConv3x3, SelectiveScan, SS2DScan
+from .library import DepthwiseConv3x3, SelectiveScan, SS2DScan, apply
 from .reference import selective_scan_reference, ss2d_scan_reference
 from .routes import ROUTES
 
@@ -86,8 +86,8 @@ def selective_scan(
         y, last_state = selective_scan_reference(u, delta, A, B, C, D, delta_bias, delta_softplus)
     else:
         tensors = (u, delta, A, B, C, D, delta_bias)
-        y, last_state, _ = SelectiveScan.apply(
-            *tensors, delta_softplus, _checked_backend(backend, u), _needs_gradient(*tensors)
+        y, last_state, _ = apply(
+            SelectiveScan, *tensors, delta_softplus, _checked_backend(backend, u), _needs_gradient(*tensors)
         )
     if z is not None:
         y = y * F.silu(z)
@@ -167,7 +167,7 @@ def ss2d(
     if backend == "reference":
         return ss2d_scan_reference(x, p, dt_weight, dt_bias, A, D, routes)
     tensors = (x, p, dt_weight, dt_bias, A, D)
-    return SS2DScan.apply(*tensors, routes, backend, _needs_gradient(*tensors))[0]
+    return apply(SS2DScan, *tensors, routes, backend, _needs_gradient(*tensors))[0]
 
 
 def depthwise_conv3x3(
@@ -209,7 +209,7 @@ def depthwise_conv3x3(
     x, weight, bias = _as_autocast(x, weight, bias)
     if BACKENDS[choose(backend, device_type)].conv_forward is convolution.conv:
         return convolution.conv(x, weight, bias, activation)
-    return DepthwiseConv3x3.apply(x, weight, bias, activation, backend)
+    return apply(DepthwiseConv3x3, x, weight, bias, activation, backend)
 
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:

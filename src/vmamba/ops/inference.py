@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import BACKENDS, choose
-from .library import ss2d_flops
+from .library import is_transformed, ss2d_flops
 
 __all__ = ["conv_norm", "conv_norm_gelu", "inference_dtype", "linear_residual", "norm_linear", "norm_mlp", "ss2d_norm"]
 
@@ -29,18 +29,13 @@ def inference_dtype(x: Tensor) -> torch.dtype | None:
     That is a half dtype (autocast's, or x's own) on a device whose backend has kernels, while no gradients are recorded
     and no function transform (vmap, grad) looks on.
     """
-    if torch.is_grad_enabled() or _is_transformed():
+    if torch.is_grad_enabled() or is_transformed():
         return None
     device = x.device.type
     if device == "meta" or BACKENDS[choose("auto", device)].inference is None:
         return None
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
-
-
-def _is_transformed() -> bool:
-    # while torch.compile traces, the question is about the tracer, and the answer always yes
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def norm_linear(

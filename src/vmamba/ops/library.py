@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import BACKENDS, choose
 
-__all__ = ["DepthwiseConv3x3", "SS2DScan", "SelectiveScan", "ss2d_flops"]
+__all__ = ["DepthwiseConv3x3", "SS2DScan", "SelectiveScan", "apply", "is_transformed", "ss2d_flops"]
 
 _SS2D = "Tensor x, Tensor p, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D"
 _SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
@@ -168,6 +168,25 @@ def _(gy, x, weight, *args, out_shape=None, **kwargs) -> int:
     return 2 * 2 * 9 * math.prod(x)
 
 
+def is_transformed() -> bool:
+    """Whether a function transform (vmap, grad, forward mode) looks on."""
+    # while torch.compile traces, the question is about the tracer, and the answer always yes
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`; where nobody asks for gradients its operator alone, which spares the host 50 us.
+
+    So much takes `torch.autograd.Function` to bind the arguments of a function that has a `setup_context`.
+    """
+    recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    if recorded or torch.compiler.is_compiling() or is_transformed():
+        return function.apply(*args)
+    return function.forward(*args)
+
+
 def _one_by_one(function: type[torch.autograd.Function], size: int, in_dims: tuple, args: tuple) -> Any:
     """vmap by a loop over the mapped dimension: right for every choice of mapped arguments."""
     entries = [
@@ -202,7 +221,7 @@ class SS2DScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy, _):
-        gradients = SS2DScanGradient.apply(gy, *ctx.saved_tensors, ctx.routes, ctx.backend)
+        gradients = apply(SS2DScanGradient, gy, *ctx.saved_tensors, ctx.routes, ctx.backend)
         return (*gradients, None, None, None)
 
     @staticmethod
@@ -257,7 +276,7 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy, *_):
-        gradients = SelectiveScanGradient.apply(gy, *ctx.saved_tensors, ctx.delta_softplus, ctx.backend)
+        gradients = apply(SelectiveScanGradient, gy, *ctx.saved_tensors, ctx.delta_softplus, ctx.backend)
         D, delta_bias = ctx.saved_tensors[5:7]
         *gradients, gD, gbias = gradients
         return (*gradients, None if D is None else gD, None if delta_bias is None else gbias, None, None, None)
@@ -303,7 +322,7 @@ class DepthwiseConv3x3(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy):
-        gx, gweight, gbias = DepthwiseConv3x3Gradient.apply(gy, *ctx.saved_tensors, ctx.activation, ctx.backend)
+        gx, gweight, gbias = apply(DepthwiseConv3x3Gradient, gy, *ctx.saved_tensors, ctx.activation, ctx.backend)
         return gx, gweight, None if ctx.saved_tensors[2] is None else gbias, None, None
 
     @staticmethod

@@ -7,7 +7,6 @@ are no gradients. What is computed how is written in `dense_kernels`.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -57,10 +56,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     width = triton.next_power_of_2(C)
     rows = max(1, 4096 // width)
     if x.numel():
-        with _on_its_device(x):
-            norm_kernel[(triton.cdiv(x.numel() // C, rows),)](
-                x, weight, bias, eps, out, x.numel() // C, C, width, rows, num_warps=4
-            )  # fmt: skip
+        norm_kernel[(triton.cdiv(x.numel() // C, rows),)](
+            x, weight, bias, eps, out, x.numel() // C, C, width, rows, num_warps=4
+        )  # fmt: skip
     return out
 
 
@@ -115,18 +113,16 @@ def norm_mlp(
     if not few and parts and N % 64 == 0 and 4 * C * N <= _RESIDENT_BYTES:
         tile = Tile(rows=128, columns=64, warps=8, stages=2)
         programs = _multiprocessors(x)
-        with _on_its_device(x):
-            mlp_resident_kernel[(min(programs, triton.cdiv(M, tile.rows)),)](
-                x, *norm, w1, b1, w2, b2, out, M, *parts, N, programs,
-                tile.rows, tile.columns, tile.stages, **constants, num_warps=tile.warps,
-            )  # fmt: skip
+        mlp_resident_kernel[(min(programs, triton.cdiv(M, tile.rows)),)](
+            x, *norm, w1, b1, w2, b2, out, M, *parts, N, programs,
+            tile.rows, tile.columns, tile.stages, **constants, num_warps=tile.warps,
+        )  # fmt: skip
     elif not few and parts and N % 64 == 0 and C <= 192:
         tile = Tile(rows=128, columns=64, warps=8, stages=3)
-        with _on_its_device(x):
-            mlp_kernel[(triton.cdiv(M, tile.rows),)](
-                x, *norm, w1.to(dtype), b1, w2.to(dtype), b2, out, M, *parts, N,
-                tile.rows, tile.columns, tile.stages, **constants, num_warps=tile.warps,
-            )  # fmt: skip
+        mlp_kernel[(triton.cdiv(M, tile.rows),)](
+            x, *norm, w1.to(dtype), b1, w2.to(dtype), b2, out, M, *parts, N,
+            tile.rows, tile.columns, tile.stages, **constants, num_warps=tile.warps,
+        )  # fmt: skip
     else:
         hidden = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
         if few and C <= 128:
@@ -209,14 +205,13 @@ def _linear_resident(x: Tensor, weight: Tensor, bias, out: Tensor, norm=None, re
     tile = Tile(rows=rows, columns=min(64, share & -share), warps=4, stages=2)
     programs = max(1, 2 * _multiprocessors(x) // (N // share))
     norm_weight, norm_bias, eps = norm or (weight, weight, 0.0)
-    with _on_its_device(x):
-        linear_resident_kernel[(min(programs, triton.cdiv(M, tile.rows)), N // share)](
-            x, norm_weight, norm_bias, eps, weight, weight if bias is None else bias,
-            out if residual is None else residual, out, M,
-            *_parts(C), N, share, norm is not None, bias is not None, residual is not None,
-            programs, tile.rows, tile.columns, tile.stages, _dot_type(x.dtype if norm is None else out.dtype, x),
-            num_warps=tile.warps,
-        )  # fmt: skip
+    linear_resident_kernel[(min(programs, triton.cdiv(M, tile.rows)), N // share)](
+        x, norm_weight, norm_bias, eps, weight, weight if bias is None else bias,
+        out if residual is None else residual, out, M,
+        *_parts(C), N, share, norm is not None, bias is not None, residual is not None,
+        programs, tile.rows, tile.columns, tile.stages, _dot_type(x.dtype if norm is None else out.dtype, x),
+        num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def _few(M: int, N: int, K: int) -> bool:
@@ -258,14 +253,13 @@ def _linear(x: Tensor, weight: Tensor, bias, out: Tensor, norm=None, gelu: bool 
     tile = _linear_tile(M, N, K)
     dtype = x.dtype if norm is None else out.dtype
     norm_weight, norm_bias, eps = norm or (weight, weight, 0.0)
-    with _on_its_device(x):
-        linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
-            x, norm_weight, norm_bias, eps, weight, weight if bias is None else bias,
-            out if residual is None else residual, out, M,
-            K, N, norm is not None, bias is not None, gelu, residual is not None, triton.next_power_of_2(K),
-            tile.rows, tile.columns, tile.depth, tile.stages, _dot_type(dtype, x), dtype == torch.float16,
-            num_warps=tile.warps,
-        )  # fmt: skip
+    linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+        x, norm_weight, norm_bias, eps, weight, weight if bias is None else bias,
+        out if residual is None else residual, out, M,
+        K, N, norm is not None, bias is not None, gelu, residual is not None, triton.next_power_of_2(K),
+        tile.rows, tile.columns, tile.depth, tile.stages, _dot_type(dtype, x), dtype == torch.float16,
+        num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def _linear_tile(M: int, N: int, K: int) -> Tile:
@@ -277,8 +271,3 @@ def _linear_tile(M: int, N: int, K: int) -> Tile:
 
 def _multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
-def _on_its_device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

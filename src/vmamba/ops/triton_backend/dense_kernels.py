@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
+
 
 @triton.jit
 def gelu(v, FINE: tl.constexpr):
@@ -153,7 +155,7 @@ def _as_product(xa, xb, wa, wb, C1: tl.constexpr, BM: tl.constexpr, DOT: tl.cons
     return xa, xb
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def mlp_resident_kernel(
     x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, out, M,
     C0: tl.constexpr, C1: tl.constexpr, N: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -190,7 +192,7 @@ def mlp_resident_kernel(
         _store_parts(out + o_row, xa, xb, m, C0, C1)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def mlp_kernel(
     x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, out, M,
     C0: tl.constexpr, C1: tl.constexpr, N: tl.constexpr,
@@ -227,7 +229,7 @@ def mlp_kernel(
     _store_parts(out + o_row, ya, yb, m, C0, C1)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def linear_resident_kernel(
     x, norm_weight, norm_bias, eps, weight, bias, residual, out, M,
     C0: tl.constexpr, C1: tl.constexpr, N: tl.constexpr, SHARE: tl.constexpr, NORM: tl.constexpr,
@@ -266,7 +268,7 @@ def linear_resident_kernel(
             tl.store(out + o, b.to(out.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def norm_kernel(
     x, weight, bias, eps, out, M, C: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
@@ -284,7 +286,7 @@ def norm_kernel(
     tl.store(out + o, (b_x * b_weight[None, :] + b_bias[None, :]).to(out.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def linear_kernel(
     x, norm_weight, norm_bias, eps, weight, bias, residual, out, M,
     K: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,

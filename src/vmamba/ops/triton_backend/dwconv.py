@@ -24,13 +24,14 @@ Names: o_* offsets, b_* blocks in registers, i_* indices, m_* masks. Letters as 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import kernel
 
 __all__ = ["BACKWARD", "FORWARD", "Tile", "conv_backward", "conv_forward"]
 
@@ -106,7 +107,7 @@ def _advance(row, h, H, step):
     return row + tl.where(h < H, step, 0), tl.where(h < H, h + 1, 0)
 
 
-@triton.jit(do_not_specialize=["H", "W", "n_rows", "n_each"])
+@kernel(do_not_specialize=["H", "W", "n_rows", "n_each"])
 def conv_forward_kernel(
     x, weight, bias, y, H, W, n_rows, n_each,
     E: tl.constexpr, PITCH: tl.constexpr, FLIP: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -160,7 +161,7 @@ def conv_forward_kernel(
         left, centre, right = next_left.to(SUM), next_centre.to(SUM), next_right.to(SUM)
 
 
-@triton.jit(do_not_specialize=["H", "W", "n_rows", "n_each"])
+@kernel(do_not_specialize=["H", "W", "n_rows", "n_each"])
 def conv_backward_kernel(
     gy, x, weight, bias, gpre, partials, H, W, n_rows, n_each,
     E: tl.constexpr, PITCH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -288,22 +289,16 @@ def _taps(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
-def _on_its_device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, flip: bool, tile: Tile) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
     x, pitch = _pitched(x)
     plan = _Plan(x, pitch, tile)
-    with _on_its_device(x):
-        conv_forward_kernel[plan.grid](
-            x, taps, taps if bias is None else bias, y, *plan.sizes,
-            FLIP=flip, SILU=silu, HAS_BIAS=bias is not None, **plan.constants,
-        )  # fmt: skip
+    conv_forward_kernel[plan.grid](
+        x, taps, taps if bias is None else bias, y, *plan.sizes,
+        FLIP=flip, SILU=silu, HAS_BIAS=bias is not None, **plan.constants,
+    )  # fmt: skip
     return y
 
 
@@ -329,11 +324,10 @@ def conv_backward(
     gpre = torch.empty_like(gy) if silu else gy
     plan = _Plan(x, pitch, tile)
     partials = torch.empty((plan.shares, 10, plan.W, plan.E), dtype=plan.sum_dtype, device=x.device)
-    with _on_its_device(x):
-        conv_backward_kernel[plan.grid](
-            gy, x, taps, taps if bias is None else bias, gpre, partials, *plan.sizes,
-            SILU=silu, HAS_BIAS=bias is not None, **plan.constants,
-        )  # fmt: skip
+    conv_backward_kernel[plan.grid](
+        gy, x, taps, taps if bias is None else bias, gpre, partials, *plan.sizes,
+        SILU=silu, HAS_BIAS=bias is not None, **plan.constants,
+    )  # fmt: skip
     gx = _convolve(gpre, taps, None, False, True, tile_gx)
     sums = partials.sum((0, 2))  # (10, E)
     return gx, sums[:9].t().reshape(weight.shape).to(weight.dtype), sums[9].to(weight.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -39,11 +38,6 @@ def _rows(t: Tensor, L_rows: int) -> Tensor:
     if t.stride(-1) == 1 and apart and t.data_ptr() % 16 == 0:
         return t
     return t.clone(memory_format=torch.contiguous_format)
-
-
-def _on_device_of(t: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
@@ -150,16 +144,15 @@ def scan_forward(
     strides = [s for t in (u, delta, B, C, y) for s in _strides(t)]
     # 16 warps on a multiprocessor, 0.257 ms; without the limit 168 registers and 12 of them, 0.281 ms
     constants = {**plan.constants, "maxnreg": 128}
-    with _on_device_of(u):
-        carry, ends, sums = plan.segment_buffers(u.device)
-        arguments = (u, delta, weights[0], B, C, *weights[1:], y)
-        if plan.segments > 1:
-            scan_forward_kernel[plan.grid](
-                *arguments, ends, ends, sums, states, *strides, *plan.sizes, **constants, KEEP=False, ENDS=True
-            )
+    carry, ends, sums = plan.segment_buffers(u.device)
+    arguments = (u, delta, weights[0], B, C, *weights[1:], y)
+    if plan.segments > 1:
         scan_forward_kernel[plan.grid](
-            *arguments, carry, ends, sums, states, *strides, *plan.sizes, **constants, KEEP=keep, ENDS=False
+            *arguments, ends, ends, sums, states, *strides, *plan.sizes, **constants, KEEP=False, ENDS=True
         )
+    scan_forward_kernel[plan.grid](
+        *arguments, carry, ends, sums, states, *strides, *plan.sizes, **constants, KEEP=keep, ENDS=False
+    )
     return y[..., :L].contiguous(), carry[:, -1].contiguous(), states
 
 
@@ -201,12 +194,11 @@ def scan_backward(
     # as good as one in fp32. Triton's interpreter, on the CPU, cannot multiply bf16 matrices.
     low = u.dtype == torch.bfloat16 and u.is_cuda
     constants = {**plan.constants, "KEPT": plan.n_states > 1, "SUM": tl.bfloat16 if low else tl.float32}
-    with _on_device_of(u):
-        carry, ends, sums = plan.segment_buffers(u.device)
-        arguments = (gy, *rows[:2], weights[0], *rows[2:], *weights[1:], states, gu, gdelta, g_maps, gA, gD, g_bias)
-        if plan.segments > 1:
-            scan_backward_kernel[plan.grid](*arguments, ends, ends, sums, *strides, *plan.sizes, **constants, ENDS=True)
-        scan_backward_kernel[plan.grid](*arguments, carry, ends, sums, *strides, *plan.sizes, **constants, ENDS=False)
+    carry, ends, sums = plan.segment_buffers(u.device)
+    arguments = (gy, *rows[:2], weights[0], *rows[2:], *weights[1:], states, gu, gdelta, g_maps, gA, gD, g_bias)
+    if plan.segments > 1:
+        scan_backward_kernel[plan.grid](*arguments, ends, ends, sums, *strides, *plan.sizes, **constants, ENDS=True)
+    scan_backward_kernel[plan.grid](*arguments, carry, ends, sums, *strides, *plan.sizes, **constants, ENDS=False)
     gB, gC = g_maps.sum(1)[..., :L]
     gA, gD, g_bias = (t.sum(0) for t in (gA, gD, g_bias))
     absent = u.new_zeros(0)

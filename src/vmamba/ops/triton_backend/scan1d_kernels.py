@@ -23,6 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
 from .ss2d_tiles import LN2, LOG2E, compose, softplus2
 
 # Triton reads no starred expressions, so tuples grow by addition; in a loop a name keeps its type, so that the unused
@@ -213,7 +214,7 @@ def _rows(p, i_b, o_c, stride_b, stride_c):
 _SIZES = ["L", "L_rows", "T", "G", "n_segments", "n_states", "K", "E", "N"]
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@kernel(do_not_specialize=_SIZES)
 def scan_forward_kernel(
     u, delta, A, B, C_map, D, delta_bias, y, carry, ends, sums, states,
     u_b, u_c, delta_b, delta_c, B_b, B_k, B_n, C_b, C_k, C_n, y_b, y_c,
@@ -331,7 +332,7 @@ def _store_channels(p, t, m_c, i_step, L_rows):
     tl.store(p + o_l, b, mask=o_l < L_rows)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@kernel(do_not_specialize=_SIZES)
 def scan_backward_kernel(
     gy, u, delta, A, B, C_map, D, delta_bias, states, gu, gdelta, g_maps, gA, gD, g_bias, carry, ends, sums,
     gy_b, gy_c, u_b, u_c, delta_b, delta_c, B_b, B_k, B_n, C_b, C_k, C_n, gu_b, gu_c,

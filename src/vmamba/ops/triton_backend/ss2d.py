@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -49,9 +49,20 @@ def _dot_type(p: Tensor) -> tl.dtype:
     return tl.float16 if p.dtype == torch.float16 else tl.float32
 
 
+@functools.cache
 def _route_bits(routes: str) -> int:
     """Two bits a route: 1 by columns, 2 reversed."""
     return sum(((r.order == "column") + 2 * r.reverse) << (2 * k) for k, r in enumerate(ROUTES[routes]))
+
+
+@functools.cache
+def _kinds(routes: str, filled: bool) -> tuple[int, int]:
+    """Two bits a route, 0 for a walk by the table of pixels, 1 and 2 for rows forward and reversed; and which occur.
+
+    Rows of a grid that tiles fill exactly need no table.
+    """
+    kinds = [1 + r.reverse if filled and r.order != "column" else 0 for r in ROUTES[routes]]
+    return sum(kind << (2 * k) for k, kind in enumerate(kinds)), sum(1 << kind for kind in set(kinds))
 
 
 class _Plan:
@@ -71,8 +82,7 @@ class _Plan:
         self.G = -(-self.T // self.segments)
         self.segments = -(-self.T // self.G)
         self.route_bits = _route_bits(routes)
-        # rows of a grid that tiles fill exactly need no table of pixels
-        kinds = [0 if route.order == "column" or self.L % STEPS else 1 + route.reverse for route in ROUTES[routes]]
+        kinds, bodies = _kinds(routes, self.L % STEPS == 0)
         columns = max(16, triton.next_power_of_2(self.R + 2 if self.N == 1 else self.R))  # of a tile of p
         self.constants = {
             "K": self.K,
@@ -84,8 +94,8 @@ class _Plan:
             "LANE": C // 32,
             "QP": columns,
             "DOT": _dot_type(p),
-            "KINDS": sum(kind << (2 * k) for k, kind in enumerate(kinds)),
-            "BODIES": sum(1 << kind for kind in set(kinds)),
+            "KINDS": kinds,
+            "BODIES": bodies,
             "EXACT": x.dtype == torch.float32,
             # one warp a program: next to no barriers, and programs enough
             "num_warps": 1,
@@ -134,11 +144,6 @@ def _prepare(x: Tensor, p: Tensor, *weights: Tensor) -> list[Tensor]:
     if p.dtype == torch.float64:
         p = p.float()
     return [t.contiguous() for t in (x, p, *weights)]
-
-
-def _on_device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _tile_of(E: int) -> tuple[int, int, bool]:
@@ -213,13 +218,12 @@ def ss2d_forward(
     if x.numel() == 0:
         return y, states
     x, p, *weights = _prepare(x, p, dt_weight, dt_bias, A, D)
-    with _on_device_of(x):
-        if A.shape[1] == 1 and E >= _OWN_KERNEL:
-            parts = _route_outputs(x, p, *weights, routes, states, keep)
-            sum_kernel[(-(-y.numel() // 2048),)](parts, y, y.numel(), K=K, BLOCK=2048)
-        else:
-            plan, parts = _walk_outputs(x, p, *weights, routes, states, keep)
-            plan.merge(parts, y)
+    if A.shape[1] == 1 and E >= _OWN_KERNEL:
+        parts = _route_outputs(x, p, *weights, routes, states, keep)
+        sum_kernel[(-(-y.numel() // 2048),)](parts, y, y.numel(), K=K, BLOCK=2048)
+    else:
+        plan, parts = _walk_outputs(x, p, *weights, routes, states, keep)
+        plan.merge(parts, y)
     return y, states
 
 
@@ -274,15 +278,14 @@ def ss2d_norm_forward(
     E, n = x.shape[-1], x.numel() // x.shape[-1]
     norm = (norm_weight.contiguous(), norm_bias.contiguous(), eps)
     states = x.new_empty(0, dtype=torch.float32)
-    with _on_device_of(x):
-        if A.shape[1] == 1 and E >= _OWN_KERNEL:
-            parts = _route_outputs(x, p, *weights, routes, states, False)
-            C = triton.next_power_of_2(E)
-            pixels = max(1, 4096 // C)
-            sum_norm_kernel[(-(-n // pixels),)](parts, y, *norm[:2], n, eps, K=parts.shape[0], E=E, PIXELS=pixels, C=C)
-        else:
-            plan, parts = _walk_outputs(x, p, *weights, routes, states, False)
-            plan.merge(parts, y, norm)
+    if A.shape[1] == 1 and E >= _OWN_KERNEL:
+        parts = _route_outputs(x, p, *weights, routes, states, False)
+        C = triton.next_power_of_2(E)
+        pixels = max(1, 4096 // C)
+        sum_norm_kernel[(-(-n // pixels),)](parts, y, *norm[:2], n, eps, K=parts.shape[0], E=E, PIXELS=pixels, C=C)
+    else:
+        plan, parts = _walk_outputs(x, p, *weights, routes, states, False)
+        plan.merge(parts, y, norm)
     return y
 
 
@@ -324,38 +327,37 @@ def ss2d_backward(
     images = rows // block
     blocks = -(-B // images) * -(-steps // block)
     G = -(-blocks // (_PRODUCTS if width <= 128 else -(-_PRODUCTS * 2 // 5))) if whole else 1
-    with _on_device_of(x):
-        gx_parts = torch.empty((*walks, E), dtype=x.dtype, device=x.device)
-        gz = torch.empty((*walks, E), dtype=torch.bfloat16 if bf16 else torch.float32, device=x.device)
-        gBC = torch.empty((plan.n_c, *walks, 2 * N), **fp32)
-        g_channels = torch.empty((B * plan.segments, (N + 2) * K * E), **fp32)
-        g_weight = torch.empty((-(-blocks // G), K * E * R), **fp32)
-        gx, gp, *gradients = (torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in tensors)
-        table = plan.table(x)
-        carry, ends, sums = plan.segment_buffers(x.device)
-        arguments = (gy, x, p, *weights[:3], table, states, gx_parts, gz, gBC, g_channels)
-        constants = {
-            "K": K, "E": E, "R": R, "N": N, "S": STEPS, "C": plan.C, "LANE": plan.C // 32,
-            "QP": max(16, triton.next_power_of_2(R)), "DOT": _dot_type(p), **products,
-            "EXACT": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
-            # stages 1 and 2: all programs of stage 1 at once; 0.69 ms with the limit, 1.0 without
-            "maxnreg": 168 if R <= 16 and N == 1 else None,
-        }  # fmt: skip
-        if plan.segments > 1:
-            ss2d_backward_kernel[plan.grid](*arguments, ends, ends, sums, *plan.sizes, **constants, ENDS=True)
-        ss2d_backward_kernel[plan.grid](*arguments, carry, ends, sums, *plan.sizes, **constants, ENDS=False)
-        code_gradient_kernel[(g_weight.shape[0], K)](
-            gz, gBC, p, weights[0], table, gp, g_weight, B, L, steps, G,
-            K=K, E=E, R=R, N=N, n_parts=plan.n_c, IMAGES=images, STEPS=block, C=width, QP=constants["QP"],
-            NP=triton.next_power_of_2(2 * N), **products, num_warps=max(4, rows // 32),
-        )  # fmt: skip
-        vector = math.gcd(E, 8)
-        merge_gradient_kernel[(B * -(-L * (E // vector) // 256),)](
-            gx_parts, gy, weights[3], gx, H, W, L, steps, K=K, E=E, ROUTES=plan.route_bits, VECTOR=vector, BLOCK=256
-        )
-        blocks = -(-K * E * R // 64) + -(-K * E * N // 64) + 2 * -(-K * E // 64)
-        sum_parts_kernel[(blocks,)](
-            g_weight, g_channels, *gradients, g_weight.shape[0], g_channels.shape[0],
-            KE=K * E, R=R, N=N, ROWS=32, BLOCK=64,
-        )  # fmt: skip
+    gx_parts = torch.empty((*walks, E), dtype=x.dtype, device=x.device)
+    gz = torch.empty((*walks, E), dtype=torch.bfloat16 if bf16 else torch.float32, device=x.device)
+    gBC = torch.empty((plan.n_c, *walks, 2 * N), **fp32)
+    g_channels = torch.empty((B * plan.segments, (N + 2) * K * E), **fp32)
+    g_weight = torch.empty((-(-blocks // G), K * E * R), **fp32)
+    gx, gp, *gradients = (torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in tensors)
+    table = plan.table(x)
+    carry, ends, sums = plan.segment_buffers(x.device)
+    arguments = (gy, x, p, *weights[:3], table, states, gx_parts, gz, gBC, g_channels)
+    constants = {
+        "K": K, "E": E, "R": R, "N": N, "S": STEPS, "C": plan.C, "LANE": plan.C // 32,
+        "QP": max(16, triton.next_power_of_2(R)), "DOT": _dot_type(p), **products,
+        "EXACT": x.dtype == torch.float32, "num_warps": 1, "num_stages": 1,
+        # stages 1 and 2: all programs of stage 1 at once; 0.69 ms with the limit, 1.0 without
+        "maxnreg": 168 if R <= 16 and N == 1 else None,
+    }  # fmt: skip
+    if plan.segments > 1:
+        ss2d_backward_kernel[plan.grid](*arguments, ends, ends, sums, *plan.sizes, **constants, ENDS=True)
+    ss2d_backward_kernel[plan.grid](*arguments, carry, ends, sums, *plan.sizes, **constants, ENDS=False)
+    code_gradient_kernel[(g_weight.shape[0], K)](
+        gz, gBC, p, weights[0], table, gp, g_weight, B, L, steps, G,
+        K=K, E=E, R=R, N=N, n_parts=plan.n_c, IMAGES=images, STEPS=block, C=width, QP=constants["QP"],
+        NP=triton.next_power_of_2(2 * N), **products, num_warps=max(4, rows // 32),
+    )  # fmt: skip
+    vector = math.gcd(E, 8)
+    merge_gradient_kernel[(B * -(-L * (E // vector) // 256),)](
+        gx_parts, gy, weights[3], gx, H, W, L, steps, K=K, E=E, ROUTES=plan.route_bits, VECTOR=vector, BLOCK=256
+    )
+    blocks = -(-K * E * R // 64) + -(-K * E * N // 64) + 2 * -(-K * E // 64)
+    sum_parts_kernel[(blocks,)](
+        g_weight, g_channels, *gradients, g_weight.shape[0], g_channels.shape[0],
+        KE=K * E, R=R, N=N, ROWS=32, BLOCK=64,
+    )  # fmt: skip
     return gx, gp, *gradients

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
 from .ss2d_tiles import (
     LN2,
     LOG2E,
@@ -59,7 +60,7 @@ def _state_back(b_d2, b_x, b_gy, b_A, b_B, b_C, b_h, b_q, S: tl.constexpr, SUM: 
     return b_sums, b_t * b_B[:, None], b_g * (b_v * (b_A * LN2) + b_Bx), b_gA, b_q
 
 
-@triton.jit(do_not_specialize=["B", "L", "T", "G", "n_segments"])
+@kernel(do_not_specialize=["B", "L", "T", "G", "n_segments"])
 def ss2d_backward_kernel(
     gy, x, p, dt_weight, dt_bias, A, table, states, gx, gz, gBC, g_channels, carry, ends, sums,
     B, L, T, G, n_segments,
@@ -254,7 +255,7 @@ def _store_code(b_gp, b_gBC, gp, m_r, o_p, R: tl.constexpr, N: tl.constexpr):
     tl.store(gp + o_p[:, None] + R + o_n[None, :], b_gBC, mask=m_r[:, None] & (o_n < 2 * N)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "L", "steps", "G"])
+@kernel(do_not_specialize=["B", "L", "steps", "G"])
 def code_gradient_kernel(
     gz, gBC, p, dt_weight, table, gp, g_weight, B, L, steps, G,
     K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, N: tl.constexpr, n_parts: tl.constexpr,
@@ -307,7 +308,7 @@ def code_gradient_kernel(
         _store_code(b_gp, b_gBC, gp, m_r, o_p, R, N)
 
 
-@triton.jit(do_not_specialize=["H", "W", "L", "steps"])
+@kernel(do_not_specialize=["H", "W", "L", "steps"])
 def merge_gradient_kernel(
     parts, gy, D, gx, H, W, L, steps, K: tl.constexpr, E: tl.constexpr, ROUTES: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr,
@@ -347,7 +348,7 @@ def _sum_parts(parts, out, i, n_parts, stride, SIZE: tl.constexpr, ROWS: tl.cons
     tl.store(out + o, tl.sum(b, axis=0).to(out.dtype.element_ty), mask=o < SIZE)
 
 
-@triton.jit(do_not_specialize=["n_weight", "n_channels"])
+@kernel(do_not_specialize=["n_weight", "n_channels"])
 def sum_parts_kernel(
     g_weight, g_channels, out_weight, out_bias, out_A, out_D, n_weight, n_channels,
     KE: tl.constexpr, R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

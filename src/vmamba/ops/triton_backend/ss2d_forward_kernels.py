@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
 from .ss2d_tiles import LN2, LOG2E, carried, code_to_z2, compose, load_dt_weight, pixels, row, softplus2, step_of
 
 
@@ -118,7 +119,7 @@ def _walk(
         tl.store(sums + i_g * E + o_c, b_sum, mask=m_c)
 
 
-@triton.jit(do_not_specialize=["B", "L", "T", "G", "n_segments"])
+@kernel(do_not_specialize=["B", "L", "T", "G", "n_segments"])
 def ss2d_forward_kernel(
     x, p, dt_weight, dt_bias, A, D, table, y, states, carry, ends, sums, B, L, T, G, n_segments,
     K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
@@ -149,7 +150,7 @@ def ss2d_forward_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["H", "W", "L", "steps"])
+@kernel(do_not_specialize=["H", "W", "L", "steps"])
 def table_kernel(table, H, W, L, steps, K: tl.constexpr, ROUTES: tl.constexpr, BLOCK: tl.constexpr):
     """table (K, steps): the pixel at each step of each route, the last pixel again beyond the last step.
 
@@ -166,7 +167,7 @@ def table_kernel(table, H, W, L, steps, K: tl.constexpr, ROUTES: tl.constexpr, B
         tl.store(table + k * steps + o_l, b_p, mask=o_l < steps)
 
 
-@triton.jit(do_not_specialize=["H", "W", "L", "steps"])
+@kernel(do_not_specialize=["H", "W", "L", "steps"])
 def merge_kernel(
     parts, y, norm_weight, norm_bias, H, W, L, steps, eps, K: tl.constexpr, E: tl.constexpr, ROUTES: tl.constexpr,
     NORM: tl.constexpr, PIXELS: tl.constexpr, C: tl.constexpr,

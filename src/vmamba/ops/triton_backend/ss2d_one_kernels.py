@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
 from .ss2d_tiles import LN2, LOG2E, softplus2
 
 
@@ -149,7 +150,7 @@ def _load_tile(
     return b_x, b_codes
 
 
-@triton.jit(do_not_specialize=["B", "L", "T", "G", "n_segments"])
+@kernel(do_not_specialize=["B", "L", "T", "G", "n_segments"])
 def ss2d_forward_one_kernel(
     x, p, dt_weight, dt_bias, A, D, table, y, states, ends, sums, B, L, T, G, n_segments,
     K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, S: tl.constexpr, J: tl.constexpr, TWO: tl.constexpr,
@@ -288,7 +289,7 @@ def ss2d_forward_one_kernel(
         tl.store(sums + p_ends, b_sum, mask=m_c & m_u)
 
 
-@triton.jit
+@kernel
 def sum_kernel(parts, y, n, K: tl.constexpr, BLOCK: tl.constexpr):
     """y (n,) = the sum over routes of parts (K, n), in fp32."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -298,7 +299,7 @@ def sum_kernel(parts, y, n, K: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + o, b_y.to(y.dtype.element_ty), mask=o < n)
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel(do_not_specialize=["n"])
 def sum_norm_kernel(
     parts, y, weight, bias, n, eps,
     K: tl.constexpr, E: tl.constexpr, PIXELS: tl.constexpr, C: tl.constexpr,

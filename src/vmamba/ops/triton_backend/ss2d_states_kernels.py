@@ -12,10 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
 from .ss2d_tiles import LN2, LOG2E, by_columns, softplus2
 
 
-@triton.jit
+@kernel
 def weights_kernel(
     dt_weight, A, split, A_out,
     K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, N: tl.constexpr, QP: tl.constexpr, BLOCK: tl.constexpr,
@@ -54,7 +55,7 @@ def tile_of_z2(p_p, p_weight, o_w, m_w, b_bias, n_weight, R: tl.constexpr, E: tl
     return by_columns(b) + b_bias
 
 
-@triton.jit(do_not_specialize=["B", "L", "T", "G", "n_segments", "total"])
+@kernel(do_not_specialize=["B", "L", "T", "G", "n_segments", "total"])
 def states_forward_kernel(
     x, p, weight, dt_bias, A, D, table, y, states, ends, sums, scratch,
     B, L, T, G, n_segments, total,

@@ -16,12 +16,12 @@ Names: o_* offsets, b_* blocks in registers, i_* indices, m_* masks. Letters as 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import kernel
 
 __all__ = ["conv_norm", "conv_norm_gelu"]
 
@@ -70,7 +70,7 @@ def _stem_weight(weight, bias, o_k, o_c, K: tl.constexpr, C: tl.constexpr):
     return tl.where((o_k == K)[:, None], _load_vector(bias, o_c, C)[None, :], b)
 
 
-@triton.jit(do_not_specialize=["n_pixels", "n_tiles", "H", "W", "HO", "WO"])
+@kernel(do_not_specialize=["n_pixels", "n_tiles", "H", "W", "HO", "WO"])
 def conv_norm_gelu_kernel(
     image, weight, bias, norm_weight, norm_bias, y, n_pixels, n_tiles, H, W, HO, WO, s_b, s_c, s_h, s_w, eps,
     K: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, TYPE: tl.constexpr, DOT: tl.constexpr,
@@ -117,7 +117,7 @@ def conv_norm_gelu_kernel(
             tl.store(o_y + o_tail[None, :], b_y.to(y.dtype.element_ty), mask=m[:, None] & (o_tail < C)[None, :])
 
 
-@triton.jit
+@kernel
 def pack_kernel(
     weight, packed, n, s_o, s_i, s_h, s_w, CI: tl.constexpr, CO: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def pack_kernel(
     tl.store(packed + o, tl.load(weight + o_w, mask=o < n, other=0.0).to(packed.dtype.element_ty), mask=o < n)
 
 
-@triton.jit(do_not_specialize=["n_pixels", "H", "W", "HO", "WO"])
+@kernel(do_not_specialize=["n_pixels", "H", "W", "HO", "WO"])
 def conv_norm_kernel(
     x, packed, bias, norm_weight, norm_bias, y, n_pixels, H, W, HO, WO, eps,
     CI: tl.constexpr, CO: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, GELU: tl.constexpr,
@@ -211,11 +211,6 @@ def _dot_type(dtype: torch.dtype, device: torch.device) -> tl.dtype:
     return tl.float32 if device.type == "cpu" else _TYPES[dtype]
 
 
-def _on_device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def conv_norm_gelu(
     image: Tensor,
     conv_weight: Tensor,
@@ -247,15 +242,14 @@ def conv_norm_gelu(
     n_pixels = B * HO * WO
     n_tiles = triton.cdiv(n_pixels, _PIXELS)
     head, tail = _columns(C)
-    with _on_device_of(image):
-        conv_norm_gelu_kernel[(min(n_tiles, _PROGRAMS),)](
-            image, conv_weight.contiguous(), conv_bias, norm_weight, norm_bias, y,
-            n_pixels, n_tiles, H, W, HO, WO, *image.stride(), eps,
-            K=9 * CI, C=C, HEAD=head, TAIL=tail, TYPE=_TYPES[dtype], DOT=_dot_type(dtype, image.device),
-            EXACT=dtype == torch.float32, BLOCK=_PIXELS, BLOCK_K=triton.next_power_of_2(9 * CI + 1), num_warps=4,
-            maxnreg=128,  # four programs a multiprocessor instead of three: 0.117 ms instead of 0.126
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    conv_norm_gelu_kernel[(min(n_tiles, _PROGRAMS),)](
+        image, conv_weight.contiguous(), conv_bias, norm_weight, norm_bias, y,
+        n_pixels, n_tiles, H, W, HO, WO, *image.stride(), eps,
+        K=9 * CI, C=C, HEAD=head, TAIL=tail, TYPE=_TYPES[dtype], DOT=_dot_type(dtype, image.device),
+        EXACT=dtype == torch.float32, BLOCK=_PIXELS, BLOCK_K=triton.next_power_of_2(9 * CI + 1), num_warps=4,
+        maxnreg=128,  # four programs a multiprocessor instead of three: 0.117 ms instead of 0.126
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return y
 
 
@@ -295,14 +289,13 @@ def _conv_norm(x, conv_weight, conv_bias, norm_weight, norm_bias, eps, dtype, ou
     n_pixels = B * HO * WO
     head, tail = _columns(C)
     block, warps, block_k, stages = _tile(head, dtype)
-    with _on_device_of(x):
-        pack_kernel[(triton.cdiv(packed.numel(), 1024),)](
-            conv_weight, packed, packed.numel(), *conv_weight.stride(), CI=CI, CO=C, BLOCK=1024
-        )
-        conv_norm_kernel[(triton.cdiv(n_pixels, block),)](
-            x, packed, conv_bias, norm_weight, norm_bias, y, n_pixels, H, W, HO, WO, eps,
-            CI=CI, CO=C, HEAD=head, TAIL=tail, GELU=gelu, EXACT=dtype == torch.float32,
-            DOT=_dot_type(dtype, x.device), BLOCK=block, BLOCK_K=block_k, STAGES=stages, num_warps=warps,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    pack_kernel[(triton.cdiv(packed.numel(), 1024),)](
+        conv_weight, packed, packed.numel(), *conv_weight.stride(), CI=CI, CO=C, BLOCK=1024
+    )
+    conv_norm_kernel[(triton.cdiv(n_pixels, block),)](
+        x, packed, conv_bias, norm_weight, norm_bias, y, n_pixels, H, W, HO, WO, eps,
+        CI=CI, CO=C, HEAD=head, TAIL=tail, GELU=gelu, EXACT=dtype == torch.float32,
+        DOT=_dot_type(dtype, x.device), BLOCK=block, BLOCK_K=block_k, STAGES=stages, num_warps=warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return y
