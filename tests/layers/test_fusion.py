@@ -84,7 +84,7 @@ def test_the_operators_are_counted_as_what_they_compute(anywhere, monkeypatch):
 @torch.no_grad()
 def test_they_are_taken_under_torch_compile(monkeypatch):
     table = inference.BACKENDS
-    monkeypatch.setitem(table, "portable", table["portable"]._replace(inference=inference.Plain))
+    monkeypatch.setitem(table, "portable", table["portable"]._replace(joined=inference.Plain))
     seen = []
 
     def backend(graph, example_inputs):
@@ -150,7 +150,7 @@ def test_they_are_for_inference_in_half_precision_on_devices_with_kernels(monkey
     with torch.no_grad():
         assert inference.inference_dtype(x) is None  # the CPU has none
         table = inference.BACKENDS
-        monkeypatch.setitem(table, "portable", table["portable"]._replace(inference=inference.Plain))
+        monkeypatch.setitem(table, "portable", table["portable"]._replace(joined=inference.Plain))
         assert inference.inference_dtype(x) == torch.bfloat16
         assert inference.inference_dtype(x.float()) is None
         with torch.autocast("cpu", torch.float16):
@@ -169,3 +169,42 @@ def test_the_networks_made_by_name_are_usual_ones():
             model = timm.create_model(name)
         for stage in model.stages:
             assert all(block._is_usual() for block in stage.blocks), name
+
+
+def training_results(block, x):
+    """Output and gradients in training, with the same draws of stochastic depth."""
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    out = block(x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad, *(p.grad.clone() for p in block.parameters())]
+
+
+def test_the_mlp_of_training_computes_the_layers(monkeypatch):
+    """With stochastic depth, which takes the same random numbers."""
+    model = network(drop_path_rate=0.5).train()
+    block, x = model.stages[3].blocks[0], images(8, 2, 3, 128)
+    wanted = training_results(block, x)
+    called = []
+    monkeypatch.setattr("vmamba.layers.block.training_dtype", lambda x, width: called.append(width) or torch.float32)
+    found = training_results(block, x)
+    assert called == [512]
+    for out, by_layers in zip(found, wanted, strict=True):
+        torch.testing.assert_close(out, by_layers, rtol=1e-4, atol=1e-5)
+
+
+def drop_inside(block):
+    block.mlp.drop1.p = 0.1
+
+
+@pytest.mark.parametrize("change", [use_hook, use_a_subclass, use_another_tensor, drop_inside])
+def test_the_mlp_of_training_runs_by_layers_where_somebody_changed_it(monkeypatch, change):
+    model = network().train()
+    block = model.stages[0].blocks[0]
+    change(block if change is drop_inside else model)
+    if change is use_a_subclass:
+        block.mlp.fc1 = type(block.ssm.out_proj)(16, 64)
+    monkeypatch.setattr("vmamba.layers.block.training_dtype", lambda x, width: torch.float32)
+    monkeypatch.setattr(type(block), "_add_mlp", None)
+    assert block(images(1, 4, 4, 16)).shape == (1, 4, 4, 16)

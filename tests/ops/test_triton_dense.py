@@ -206,3 +206,24 @@ def test_gelu_is_exact_before_it_is_rounded(dtype):
     gelu_kernel[(1,)](torch.tensor([float("nan"), 0.0], device=DEVICE), out, 2, dtype == torch.float16)
     assert out[0].isnan()
     assert out[1] == 0
+
+
+@pytest.mark.parametrize("C", [32, 48] if INTERPRETED else [96, 192])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_norm_mlp_that_keeps_what_its_backward_needs(dense, monkeypatch, C, scaled):
+    """Both kernels, and rows that end inside an image."""
+    monkeypatch.setattr(dense, "_few", lambda *_: False)
+    if INTERPRETED and C == 48:
+        monkeypatch.setattr(dense, "_RESIDENT_BYTES", 0)
+    x, *weights = problem(3 * 43, C, 4 * C, torch.bfloat16)
+    x = x.view(3, 43, C)
+    scale = torch.tensor([0.0, 1.25, 1.0], device=DEVICE) if scaled else None
+    norm_weight, norm_bias, w1, b1, w2, b2 = weights
+    out, hidden = dense.norm_mlp_kept(x, norm_weight, norm_bias, EPS, w1, b1, w2, b2, scale, torch.bfloat16)
+    plain = linear(norm(x, norm_weight, norm_bias, torch.bfloat16), w1, b1)
+    check(hidden, plain, linear(norm(x.double(), norm_weight, norm_bias), w1, b1), torch.bfloat16)
+    factor = 1 if scale is None else scale.view(3, 1, 1)
+    plain, wanted = (x.to(dtype) + factor * (mlp(x, *weights, dtype) - x) for dtype in (torch.bfloat16, torch.float64))
+    check(out, plain.bfloat16(), wanted, torch.bfloat16)
+    if scaled:
+        assert torch.equal(out[0], x[0])

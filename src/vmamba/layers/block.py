@@ -7,9 +7,10 @@ from timm.layers import DropPath, GluMlp, Mlp
 from torch import Tensor, nn
 
 from vmamba.ops.inference import norm_mlp
+from vmamba.ops.mlp import norm_mlp_kept, training_dtype
 
 from .act import ACTIVATIONS
-from .fusion import fused_dtype, is_plain
+from .fusion import fused_dtype, is_plain, is_untouched
 from .norm import BranchNorm
 from .ss2d import SS2D
 
@@ -51,9 +52,12 @@ class VSSBlock(nn.Module):
         if dtype is not None and self._is_usual():
             return self._forward_fused(x, dtype)
         x = x + self.drop_path(self._branch(x, self.ssm, self.norm))
-        if self.mlp is not None:
-            x = x + self.drop_path(self._branch(x, self.mlp, self.norm2))
-        return x
+        if self.mlp is None:
+            return x
+        dtype = self._mlp_dtype(x)
+        if dtype is not None:
+            return self._add_mlp(x, dtype)
+        return x + self.drop_path(self._branch(x, self.mlp, self.norm2))
 
     def _branch(self, x: Tensor, branch: nn.Module, norm: nn.Module) -> Tensor:
         return norm(branch(x)) if self.post_norm else branch(norm(x))
@@ -66,8 +70,11 @@ class VSSBlock(nn.Module):
             and is_plain(self.ssm, SS2D)
             and self.ssm.is_usual()
             and is_plain(self.norm, BranchNorm)
-            and (mlp is None or (is_plain(mlp, Mlp) and is_plain(self.norm2, BranchNorm) and _is_usual_mlp(mlp)))
+            and (mlp is None or self._has_usual_mlp())
         )
+
+    def _has_usual_mlp(self) -> bool:
+        return is_plain(self.mlp, Mlp) and is_plain(self.norm2, BranchNorm) and _is_usual_mlp(self.mlp)
 
     def _forward_fused(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = self.ssm.forward_residual(x, self.norm, dtype)
@@ -75,6 +82,24 @@ class VSSBlock(nn.Module):
             return x
         norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
         return norm_mlp(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias, dtype)
+
+    def _mlp_dtype(self, x: Tensor) -> torch.dtype | None:
+        """The dtype in which the MLP runs joined where gradients are recorded; None: module by module."""
+        if self.post_norm or not self._has_usual_mlp() or not is_plain(self.drop_path, DropPath, nn.Identity):
+            return None
+        mlp = self.mlp
+        if self.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0):
+            return None
+        dtype = training_dtype(x, mlp.fc1.out_features)
+        return dtype if dtype is not None and is_untouched(self) else None
+
+    def _add_mlp(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
+        # stochastic depth is a factor for each image: what its own module makes of ones
+        is_on = self.training and not isinstance(self.drop_path, nn.Identity)
+        scale = self.drop_path(x.new_ones(x.shape[0])) if is_on else None
+        weights = (norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return norm_mlp_kept(x, *weights, scale, dtype)
 
 
 def _is_usual_mlp(mlp: Mlp) -> bool:

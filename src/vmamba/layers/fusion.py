@@ -1,4 +1,4 @@
-"""When a layer may run as the joined operators of `vmamba.ops.inference` in the place of its modules one by one."""
+"""When a layer may run as joined operators (`vmamba.ops.inference`, `mlp`) in the place of its modules one by one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vmamba.ops.inference import inference_dtype
 
-__all__ = ["fused_dtype", "is_plain"]
+__all__ = ["fused_dtype", "is_plain", "is_untouched"]
 
 
 def fused_dtype(layer: nn.Module, x: Tensor) -> torch.dtype | None:
@@ -17,7 +17,7 @@ def fused_dtype(layer: nn.Module, x: Tensor) -> torch.dtype | None:
     if layer.training:
         return None
     dtype = inference_dtype(x)
-    return dtype if dtype is not None and _untouched(layer) else None
+    return dtype if dtype is not None and is_untouched(layer) else None
 
 
 def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
@@ -25,7 +25,8 @@ def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     return type(module) in kinds
 
 
-def _untouched(layer: nn.Module) -> bool:
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether nobody looks into the layer's modules or has put tensors of other types there."""
     for module in layer.modules():
         if module is not layer and (module._forward_hooks or module._forward_pre_hooks):
             return False

@@ -29,7 +29,8 @@ class Backend(NamedTuple):
     scan_backward: (gy, u, delta, A, B, C, D, delta_bias, states, delta_softplus) -> the seven gradients.
     conv_forward: (x, weight, bias, activation) -> y; torch's own unless the backend has a depthwise convolution.
     conv_backward: (gy, x, weight, bias, activation) -> gradients of x, weight and bias, contiguous or not.
-    inference: a namespace of the functions that `inference.Plain` defines, with kernels of its own; None: it has none.
+    joined: a namespace of the functions of `inference.Plain` and of `mlp.norm_mlp_kept`, with kernels of its own, or
+        None.
     """
 
     unavailable: Callable[[str], str | None]
@@ -41,7 +42,7 @@ class Backend(NamedTuple):
     scan_backward: Callable[..., tuple[Tensor, ...]]
     conv_forward: Callable[..., Tensor] = convolution.conv
     conv_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = convolution.conv_backward
-    inference: Any = None
+    joined: Any = None
 
 
 def _portable_ss2d_forward(x, p, dt_weight, dt_bias, A, D, routes, keep):
@@ -77,7 +78,7 @@ BACKENDS: dict[str, Backend] = {
         scan_backward=triton_backend.scan_backward,
         conv_forward=triton_backend.conv_forward,
         conv_backward=triton_backend.conv_backward,
-        inference=triton_backend.Inference,
+        joined=triton_backend.Joined,
     ),
     "portable": Backend(
         unavailable=lambda device_type: None,

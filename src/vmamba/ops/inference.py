@@ -20,7 +20,16 @@ from torch.utils.flop_counter import register_flop_formula
 from .dispatch import BACKENDS, choose
 from .library import is_transformed, ss2d_flops
 
-__all__ = ["conv_norm", "conv_norm_gelu", "inference_dtype", "linear_residual", "norm_linear", "norm_mlp", "ss2d_norm"]
+__all__ = [
+    "conv_norm",
+    "conv_norm_gelu",
+    "inference_dtype",
+    "joined_dtype",
+    "linear_residual",
+    "norm_linear",
+    "norm_mlp",
+    "ss2d_norm",
+]
 
 
 def inference_dtype(x: Tensor) -> torch.dtype | None:
@@ -29,10 +38,13 @@ def inference_dtype(x: Tensor) -> torch.dtype | None:
     That is a half dtype (autocast's, or x's own) on a device whose backend has kernels, while no gradients are recorded
     and no function transform (vmap, grad) looks on.
     """
-    if torch.is_grad_enabled() or is_transformed():
-        return None
+    return None if torch.is_grad_enabled() else joined_dtype(x)
+
+
+def joined_dtype(x: Tensor) -> torch.dtype | None:
+    """The half dtype (autocast's, or x's own) in which a device's joined operators compute on x; None without them."""
     device = x.device.type
-    if device == "meta" or BACKENDS[choose("auto", device)].inference is None:
+    if is_transformed() or device == "meta" or BACKENDS[choose("auto", device)].joined is None:
         return None
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
@@ -181,7 +193,7 @@ def _register(name: str) -> None:
     @torch.library.impl(f"vmamba::{name}", "default")
     @torch.no_grad()
     def _(first, *args):
-        kernels = BACKENDS[choose("auto", first.device.type)].inference
+        kernels = BACKENDS[choose("auto", first.device.type)].joined
         # contiguous whichever runs: the one answer that the fake can give
         return getattr(kernels or Plain, name)(first, *args).contiguous()
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "Inference",
+    "Joined",
     "conv_backward",
     "conv_forward",
     "scan_backward",
@@ -101,8 +101,8 @@ def conv_backward(gy, x, weight, bias, activation):
     return dwconv.conv_backward(gy, x, weight, bias, activation)
 
 
-class Inference:
-    """The functions of `ops.inference` (see there)."""
+class Joined:
+    """The functions of `ops.inference` and `ops.mlp` (see there)."""
 
     @staticmethod
     def norm_linear(x, norm_weight, norm_bias, eps, weight, bias, dtype):
@@ -115,6 +115,12 @@ class Inference:
         from . import dense
 
         return dense.norm_mlp(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, dtype, x.dtype)
+
+    @staticmethod
+    def norm_mlp_kept(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, scale, dtype):
+        from . import dense
+
+        return dense.norm_mlp_kept(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, scale, dtype)
 
     @staticmethod
     def linear_residual(y, weight, bias, residual):

@@ -1,4 +1,4 @@
-"""The dense parts of a block for inference, in bf16 or fp16: launching, and the choice of tiles.
+"""The dense parts of a block, in bf16 or fp16: launching, and the choice of tiles.
 
 Rows of C numbers, one a pixel: any shape (..., C), contiguous. x and residual may be fp32, bf16 or fp16 and need not be
 of the computation's dtype; weights may be wider than it (fp32 under autocast) and are rounded inside the kernels. There
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..mlp import plain_norm_mlp
 from .dense_kernels import (
     linear_kernel,
     linear_resident_kernel,
@@ -22,7 +23,7 @@ from .dense_kernels import (
     norm_kernel,
 )
 
-__all__ = ["layer_norm", "linear_residual", "norm_linear", "norm_mlp"]
+__all__ = ["layer_norm", "linear_residual", "norm_linear", "norm_mlp", "norm_mlp_kept"]
 
 _COMPUTED = (torch.bfloat16, torch.float16)
 _STREAMS = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,37 +102,73 @@ def norm_mlp(
     x (..., C); norm_weight, norm_bias, b2 (C,); w1 (N, C), b1 (N,), w2 (C, N). Raises TypeError for a dtype other than
     bf16 and fp16 or an out_dtype that is none of fp32, bf16 and fp16, ValueError for shapes that do not fit.
     """
-    _check(x, dtype, (norm_weight, norm_bias), (w1, b1), (w2, b2), out_dtype=out_dtype)
-    x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
+    norm = (norm_weight, norm_bias, eps)
+    _check(x, dtype, norm[:2], (w1, b1), (w2, b2), out_dtype=out_dtype)
+    x = x.contiguous()
     (N, C), M = w1.shape, x.numel() // x.shape[-1]
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    if M == 0:
+    if M == 0 or _mlp(x, norm, w1, b1, w2, b2, out, dtype):
         return out
-    parts, few = _parts(C), _few(M, N, C)
-    constants = {"DOT": _dot_type(dtype, x), "FINE": dtype == torch.float16}
+    few = _few(M, N, C)
+    hidden = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
+    if few and C <= 128:
+        _linear(x, w1.contiguous(), b1, hidden, norm=norm, gelu=True)
+    else:
+        # where each of many tiles would round the weights again, they are rounded once
+        _linear(layer_norm(x, *norm, dtype), (w1 if few else w1.to(dtype)).contiguous(), b1, hidden, gelu=True)
+    _product(hidden, w2.contiguous(), b2, out, residual=x)
+    return out
+
+
+def norm_mlp_kept(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, scale: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x + scale fc2(gelu(h)) in x's dtype, and h = fc1(LayerNorm(x)) (..., N) in dtype.
+
+    Arguments, and what is raised, as in `norm_mlp`; scale (x.shape[0],), a factor for each image, or None.
+    """
     norm = (norm_weight, norm_bias, eps)
-    if not few and parts and N % 64 == 0 and 4 * C * N <= _RESIDENT_BYTES:
-        tile = Tile(rows=128, columns=64, warps=8, stages=2)
+    _check(x, dtype, norm[:2], (w1, b1), (w2, b2))
+    x = x.contiguous()
+    N = w1.shape[0]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    hidden = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
+    if x.numel() == 0 or _mlp(x, norm, w1, b1, w2, b2, out, dtype, hidden, scale):
+        return out, hidden
+    return plain_norm_mlp(x, *norm, w1, b1, w2, b2, scale, dtype)
+
+
+def _mlp(
+    x: Tensor, norm: tuple[Tensor, Tensor, float], w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, out: Tensor,
+    dtype: torch.dtype, hidden: Tensor | None = None, scale: Tensor | None = None,
+) -> bool:  # fmt: skip
+    """The whole MLP as one kernel into out, and hidden where it is given; False where that does not pay."""
+    (N, C), M = w1.shape, x.numel() // x.shape[-1]
+    parts = _parts(C)
+    if _few(M, N, C) or not parts or N % 64:
+        return False
+    resident = 4 * C * N <= _RESIDENT_BYTES
+    if not resident and C > 192:
+        return False
+    tile = Tile(rows=128, columns=64, warps=8, stages=2 if resident else 3)
+    tensors = (out, out if hidden is None else hidden, out if scale is None else scale)
+    constants = {
+        "DOT": _dot_type(dtype, x), "FINE": dtype == torch.float16,
+        "KEEP": hidden is not None, "SCALED": scale is not None, "num_warps": tile.warps,
+    }  # fmt: skip
+    if resident:
         programs = _multiprocessors(x)
         mlp_resident_kernel[(min(programs, triton.cdiv(M, tile.rows)),)](
-            x, *norm, w1, b1, w2, b2, out, M, *parts, N, programs,
-            tile.rows, tile.columns, tile.stages, **constants, num_warps=tile.warps,
-        )  # fmt: skip
-    elif not few and parts and N % 64 == 0 and C <= 192:
-        tile = Tile(rows=128, columns=64, warps=8, stages=3)
-        mlp_kernel[(triton.cdiv(M, tile.rows),)](
-            x, *norm, w1.to(dtype), b1, w2.to(dtype), b2, out, M, *parts, N,
-            tile.rows, tile.columns, tile.stages, **constants, num_warps=tile.warps,
+            x, *norm, w1.contiguous(), b1, w2.contiguous(), b2, *tensors, M, M // x.shape[0],
+            *parts, N, programs, tile.rows, tile.columns, tile.stages, **constants,
         )  # fmt: skip
     else:
-        hidden = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
-        if few and C <= 128:
-            _linear(x, w1, b1, hidden, norm=norm, gelu=True)
-        else:
-            # where each of many tiles would round the weights again, they are rounded once
-            _linear(layer_norm(x, *norm, dtype), w1 if few else w1.to(dtype), b1, hidden, gelu=True)
-        _product(hidden, w2, b2, out, residual=x)
-    return out
+        mlp_kernel[(triton.cdiv(M, tile.rows),)](
+            x, *norm, w1.to(dtype).contiguous(), b1, w2.to(dtype).contiguous(), b2, *tensors, M, M // x.shape[0],
+            *parts, N, tile.rows, tile.columns, tile.stages, **constants,
+        )  # fmt: skip
+    return True
 
 
 def linear_residual(y: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, out_dtype: torch.dtype) -> Tensor:

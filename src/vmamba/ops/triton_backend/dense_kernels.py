@@ -1,4 +1,4 @@
-"""Kernels of the dense parts of a block, for inference: LayerNorm, linear maps, the MLP with its norm and residual sum.
+"""Kernels of the dense parts of a block: LayerNorm, linear maps, the MLP with its norm and residual sum.
 
 All tensors are rows of C numbers, one a pixel. What is computed in fp32: means, variances, sums of products, GELU and
 the residual sum; what goes into a product of matrices is rounded to DOT, the dtype of the computation. Weights may be
@@ -63,15 +63,6 @@ def _load_parts(rows, m, C0: tl.constexpr, C1: tl.constexpr):
     else:
         xb = xa
     return xa, xb
-
-
-@triton.jit
-def _add_to_parts(ba, bb, row, C0: tl.constexpr, C1: tl.constexpr):
-    """Both parts plus those of one row."""
-    ba += tl.load(row + tl.arange(0, C0)).to(tl.float32)[None, :]
-    if C1 > 0:
-        bb += tl.load(row + C0 + tl.arange(0, C1)).to(tl.float32)[None, :]
-    return ba, bb
 
 
 @triton.jit
@@ -155,17 +146,52 @@ def _as_product(xa, xb, wa, wb, C1: tl.constexpr, BM: tl.constexpr, DOT: tl.cons
     return xa, xb
 
 
-@kernel(do_not_specialize=["M"])
+@triton.jit
+def _hidden_block(
+    b, bias1, hidden, scale, o_m, m, o_n, n_image,
+    N: tl.constexpr, KEEP: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
+    """Columns o_n of gelu(b + bias1) for rows o_m, times scale; b + bias1 goes to hidden where KEEP."""
+    b += tl.load(bias1 + o_n).to(tl.float32)[None, :]
+    if KEEP:
+        tl.store(hidden + o_m.to(tl.int64)[:, None] * N + o_n[None, :], b.to(DOT), mask=m)
+    b = gelu(b, FINE)
+    if SCALED:
+        b *= _row_scale(scale, o_m, m, n_image)
+    return b.to(DOT)
+
+
+@triton.jit
+def _row_scale(scale, o_m, m, n_image):
+    """The factor of the image that each of the rows o_m belongs to, (BM, 1)."""
+    return tl.load(scale + (o_m // n_image)[:, None], mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_bias(
+    ba, bb, bias, scale, o_m, m, n_image, C0: tl.constexpr, C1: tl.constexpr, SCALED: tl.constexpr
+):  # fmt: skip
+    """Both parts of rows o_m plus those of one row, bias, times scale."""
+    b_scale = _row_scale(scale, o_m, m, n_image) if SCALED else 1.0
+    ba += tl.load(bias + tl.arange(0, C0)).to(tl.float32)[None, :] * b_scale
+    if C1 > 0:
+        bb += tl.load(bias + C0 + tl.arange(0, C1)).to(tl.float32)[None, :] * b_scale
+    return ba, bb
+
+
+@kernel(do_not_specialize=["M", "n_image"])
 def mlp_resident_kernel(
-    x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, out, M,
+    x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, out, hidden, scale, M, n_image,
     C0: tl.constexpr, C1: tl.constexpr, N: tl.constexpr, PROGRAMS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, FINE: tl.constexpr,
+    KEEP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """out = x + fc2(gelu(fc1(LayerNorm(x)))), all weights in shared memory from first to last.
+    """out = x + scale fc2(gelu(fc1(LayerNorm(x)))), all weights in shared memory from first to last.
 
-    x, out (M, C0 + C1); weight1 (N, C), weight2 (C, N). Grid: PROGRAMS or fewer, each walks over tiles of BM rows.
-    There is no barrier between the blocks of the hidden numbers, so that the groups of four warps drift apart, and
-    one's GELU runs beside another's products.
+    x, out (M, C0 + C1); weight1 (N, C), weight2 (C, N). KEEP: what goes into GELU is left in hidden (M, N), in DOT.
+    SCALED: a factor for each image of n_image rows, scale (M / n_image,). Grid: PROGRAMS or fewer, each walks over
+    tiles of BM rows. There is no barrier between the blocks of the hidden numbers, so that the groups of four warps
+    drift apart, and one's GELU runs beside another's products.
     """
     C: tl.constexpr = C0 + C1
     w1, w2 = (), ()
@@ -181,26 +207,27 @@ def mlp_resident_kernel(
         xa, xb = _load_parts(x + o_row, m, C0, C1)
         xa, xb = _as_product(xa, xb, w2[0][0], w2[0][1], C1, BM, DOT)
         na, nb = _normalise_parts(xa, xb, norm_weight + zero, norm_bias + zero, eps, C0, C1, DOT)
-        xa, xb = _add_to_parts(xa, xb, bias2 + zero, C0, C1)
+        xa, xb = _add_bias(xa, xb, bias2 + zero, scale, o_m, m, n_image, C0, C1, SCALED)
         for j in tl.static_range(N // BN):
             b = _dot_parts(na, nb, w1[j][0], w1[j][1], C1)
-            b += tl.load(bias1 + zero + j * BN + tl.arange(0, BN)).to(tl.float32)[None, :]
-            b = gelu(b, FINE).to(DOT)
+            o_n = j * BN + tl.arange(0, BN)
+            b = _hidden_block(b, bias1 + zero, hidden, scale, o_m, m, o_n, n_image, N, KEEP, SCALED, DOT, FINE)
             xa = tl.dot(b, w2[j][0], xa)
             if C1 > 0:
                 xb = tl.dot(b, w2[j][1], xb)
         _store_parts(out + o_row, xa, xb, m, C0, C1)
 
 
-@kernel(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M", "n_image"])
 def mlp_kernel(
-    x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, out, M,
+    x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, out, hidden, scale, M, n_image,
     C0: tl.constexpr, C1: tl.constexpr, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, FINE: tl.constexpr,
+    KEEP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """out = x + fc2(gelu(fc1(LayerNorm(x)))) of BM rows, the weights streamed in blocks of BN hidden numbers.
+    """out = x + scale fc2(gelu(fc1(LayerNorm(x)))) of BM rows, the weights streamed in blocks of BN hidden numbers.
 
-    Shapes as in mlp_resident_kernel. Grid: (tiles of BM rows,).
+    Arguments as in mlp_resident_kernel. Grid: (tiles of BM rows,).
     """
     C: tl.constexpr = C0 + C1
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -217,15 +244,14 @@ def mlp_kernel(
         o_n = j + tl.arange(0, BN)
         wa, wb = _parts_of_rows(weight1, o_n, C0, C1, DOT)
         b = _dot_parts(na, nb, wa, wb, C1)
-        b += tl.load(bias1 + o_n).to(tl.float32)[None, :]
-        b = gelu(b, FINE).to(DOT)
+        b = _hidden_block(b, bias1, hidden, scale, o_m, m, o_n, n_image, N, KEEP, SCALED, DOT, FINE)
         wa, wb = _parts_of_columns(weight2, o_n, N, C0, C1, DOT)
         ya = tl.dot(b, wa, ya)
         if C1 > 0:
             yb = tl.dot(b, wb, yb)
     # once more, from L2: in registers there was no room for it through the loop
     xa, xb = _load_parts(x + o_row, m, C0, C1)
-    ya, yb = _add_to_parts(ya + xa, yb + xb, bias2, C0, C1)
+    ya, yb = _add_bias(ya + xa, yb + xb, bias2, scale, o_m, m, n_image, C0, C1, SCALED)
     _store_parts(out + o_row, ya, yb, m, C0, C1)
 
 
