@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vmamba  # noqa: F401  (registers our names with timm)
 from vmamba.layers import fusion
 from vmamba.models import VMamba
-from vmamba.ops import inference
+from vmamba.ops import inference, joining
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,18 +148,18 @@ def test_other_architectures_run_module_by_module(anywhere, monkeypatch, archite
 def test_they_are_for_inference_in_half_precision_on_devices_with_kernels(monkeypatch):
     x = images(1, 4).bfloat16()
     with torch.no_grad():
-        assert inference.inference_dtype(x) is None  # the CPU has none
+        assert joining.inference_dtype(x) is None  # the CPU has none
         table = inference.BACKENDS
         monkeypatch.setitem(table, "portable", table["portable"]._replace(joined=inference.Plain))
-        assert inference.inference_dtype(x) == torch.bfloat16
-        assert inference.inference_dtype(x.float()) is None
+        assert joining.inference_dtype(x) == torch.bfloat16
+        assert joining.inference_dtype(x.float()) is None
         with torch.autocast("cpu", torch.float16):
-            assert inference.inference_dtype(x.float()) == torch.float16
-        assert inference.inference_dtype(x.to("meta")) is None
+            assert joining.inference_dtype(x.float()) == torch.float16
+        assert joining.inference_dtype(x.to("meta")) is None
         asked = []
-        torch.func.vmap(lambda t: (asked.append(inference.inference_dtype(t)), t)[1])(x)
+        torch.func.vmap(lambda t: (asked.append(joining.inference_dtype(t)), t)[1])(x)
         assert asked == [None]
-    assert inference.inference_dtype(x) is None  # gradients are on
+    assert joining.inference_dtype(x) is None  # gradients are on
 
 
 def test_the_networks_made_by_name_are_usual_ones():
@@ -187,9 +187,21 @@ def test_the_mlp_of_training_computes_the_layers(monkeypatch):
     block, x = model.stages[3].blocks[0], images(8, 2, 3, 128)
     wanted = training_results(block, x)
     called = []
-    monkeypatch.setattr("vmamba.layers.block.training_dtype", lambda x, width: called.append(width) or torch.float32)
+    monkeypatch.setattr(fusion, "training_dtype", lambda x: called.append(x.shape) or torch.float32)
     found = training_results(block, x)
-    assert called == [512]
+    assert called == [x.shape]
+    for out, by_layers in zip(found, wanted, strict=True):
+        torch.testing.assert_close(out, by_layers, rtol=1e-4, atol=1e-5)
+
+
+def test_the_network_of_training_computes_the_layers(monkeypatch):
+    """Stem, downsampling and MLPs joined, with and without stochastic depth: every gradient."""
+    model, x = network(drop_path_rate=0.3).train(), images(2, 3, 64, 96)
+    wanted = training_results(model, x)
+    called = []
+    monkeypatch.setattr(fusion, "training_dtype", lambda x: called.append(x.shape) or torch.float32)
+    found = training_results(model, x)
+    assert len(called) == 7  # the stem, three downsamplings, the MLPs of 32, 64 and 128 channels
     for out, by_layers in zip(found, wanted, strict=True):
         torch.testing.assert_close(out, by_layers, rtol=1e-4, atol=1e-5)
 
@@ -205,6 +217,6 @@ def test_the_mlp_of_training_runs_by_layers_where_somebody_changed_it(monkeypatc
     change(block if change is drop_inside else model)
     if change is use_a_subclass:
         block.mlp.fc1 = type(block.ssm.out_proj)(16, 64)
-    monkeypatch.setattr("vmamba.layers.block.training_dtype", lambda x, width: torch.float32)
+    monkeypatch.setattr(fusion, "training_dtype", lambda x: torch.float32)
     monkeypatch.setattr(type(block), "_add_mlp", None)
     assert block(images(1, 4, 4, 16)).shape == (1, 4, 4, 16)

@@ -133,6 +133,20 @@ def test_an_image_without_contrast_and_one_far_from_zero(kernels):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("CI", "C", "gelu"), [(3, 24, True), (24, 48, False)] if INTERPRETED else [(3, 48, True), (48, 96, False)]
+)
+def test_what_the_backward_needs_is_kept(kernels, CI, C, gelu, dtype):
+    x, weights = image(3, CI, 5, 7, dtype=dtype), parameters(CI, C)
+    out, normed, rstd = kernels.conv_norm_kept(x, *weights, EPS, gelu, dtype, torch.float32)
+    check(out.to(dtype), x, weights, dtype, gelu)
+    y = F.conv2d(x.double(), *(t.double() for t in weights[:2]), stride=2, padding=1).permute(0, 2, 3, 1)
+    assert (rstd - (y.var(-1, correction=0) + EPS).rsqrt()).abs().max() <= 2e-2 * rstd.max()
+    nothing = [torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)]
+    check(normed, x, [*weights[:2], *nothing], dtype, gelu=False)
+
+
 def test_no_images(kernels):
     weights = parameters(3, 8)
     assert kernels.conv_norm_gelu(image(0, 3, 5, 6), *weights, EPS, torch.float16).shape == (0, 3, 3, 8)

@@ -7,10 +7,10 @@ from timm.layers import DropPath, GluMlp, Mlp
 from torch import Tensor, nn
 
 from vmamba.ops.inference import norm_mlp
-from vmamba.ops.mlp import norm_mlp_kept, training_dtype
+from vmamba.ops.training import WIDEST_MLP, norm_mlp_kept
 
 from .act import ACTIVATIONS
-from .fusion import fused_dtype, is_plain, is_untouched
+from .fusion import fused_dtype, fused_training_dtype, is_plain
 from .norm import BranchNorm
 from .ss2d import SS2D
 
@@ -88,10 +88,10 @@ class VSSBlock(nn.Module):
         if self.post_norm or not self._has_usual_mlp() or not is_plain(self.drop_path, DropPath, nn.Identity):
             return None
         mlp = self.mlp
-        if self.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0):
+        C, N = mlp.fc1.in_features, mlp.fc1.out_features
+        if C > WIDEST_MLP or C % 32 or N % 64 or (self.training and (mlp.drop1.p > 0 or mlp.drop2.p > 0)):
             return None
-        dtype = training_dtype(x, mlp.fc1.out_features)
-        return dtype if dtype is not None and is_untouched(self) else None
+        return fused_training_dtype(self, x)
 
     def _add_mlp(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.ops.inference import conv_norm
+from vmamba.ops.training import WIDEST_CONV, conv_norm_kept
 
 from .conv import ConvNHWC
-from .fusion import fused_dtype, is_plain
+from .fusion import fused_dtype, fused_training_dtype, is_plain
 from .norm import BranchNorm, StreamNorm, stream_dtype
 
 __all__ = ["DOWNSAMPLES", "ConvDownsample", "OverlappedDownsample", "PatchMerging"]
@@ -60,11 +61,15 @@ class OverlappedDownsample(ConvDownsample):
     kernel_size, padding = 3, 1
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = fused_dtype(self, x)
-        if dtype is None or not is_plain(self.conv, ConvNHWC) or not is_plain(self.norm, StreamNorm):
-            return super().forward(x)
         conv, norm = self.conv, self.norm
-        return conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype, stream_dtype(x, dtype))
+        if not is_plain(conv, ConvNHWC) or not is_plain(norm, StreamNorm):
+            return super().forward(x)
+        weights = (conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+        if (dtype := fused_dtype(self, x)) is not None:
+            return conv_norm(x, *weights, dtype, stream_dtype(x, dtype))
+        if conv.out_channels <= WIDEST_CONV and (dtype := fused_training_dtype(self, x)) is not None:
+            return conv_norm_kept(x.permute(0, 3, 1, 2), *weights, False, dtype, stream_dtype(x, dtype))
+        return super().forward(x)
 
 
 DOWNSAMPLES: dict[str, type[nn.Module]] = {"v1": PatchMerging, "v2": ConvDownsample, "v3": OverlappedDownsample}

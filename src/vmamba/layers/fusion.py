@@ -1,23 +1,29 @@
-"""When a layer may run as joined operators (`vmamba.ops.inference`, `mlp`) in the place of its modules one by one."""
+"""When a layer may run as joined operators (`vmamba.ops.inference`, `training`) in the place of its modules."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from vmamba.ops.inference import inference_dtype
+from vmamba.ops.joining import inference_dtype, training_dtype
 
-__all__ = ["fused_dtype", "is_plain", "is_untouched"]
+__all__ = ["fused_dtype", "fused_training_dtype", "is_plain"]
 
 
 def fused_dtype(layer: nn.Module, x: Tensor) -> torch.dtype | None:
-    """The dtype to compute in, or None for module by module: in training, with gradients, in fp32, without kernels, and
-    where somebody looks in or has put something else there: hooks, adapters, quantised or sharded weights.
+    """The dtype to compute in without gradients, or None for module by module: in training, in fp32, without kernels,
+    and where somebody looks in or has put something else there: hooks, adapters, quantised or sharded weights.
     """
     if layer.training:
         return None
     dtype = inference_dtype(x)
-    return dtype if dtype is not None and is_untouched(layer) else None
+    return dtype if dtype is not None and _untouched(layer) else None
+
+
+def fused_training_dtype(layer: nn.Module, x: Tensor) -> torch.dtype | None:
+    """The dtype to compute in where gradients are recorded, or None for module by module, as above."""
+    dtype = training_dtype(x)
+    return dtype if dtype is not None and _untouched(layer) else None
 
 
 def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
@@ -25,8 +31,7 @@ def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     return type(module) in kinds
 
 
-def is_untouched(layer: nn.Module) -> bool:
-    """Whether nobody looks into the layer's modules or has put tensors of other types there."""
+def _untouched(layer: nn.Module) -> bool:
     for module in layer.modules():
         if module is not layer and (module._forward_hooks or module._forward_pre_hooks):
             return False

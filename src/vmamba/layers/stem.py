@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.ops.inference import conv_norm, conv_norm_gelu
+from vmamba.ops.training import WIDEST_CONV, conv_norm_kept
 
-from .fusion import fused_dtype, is_plain
+from .fusion import fused_dtype, fused_training_dtype, is_plain
 from .norm import BranchNorm, StreamNorm, stream_dtype
 
 __all__ = ["STEMS", "ConvStem", "PatchStem"]
@@ -50,9 +51,11 @@ class ConvStem(nn.Module):
         self.norm2 = StreamNorm(dim, **dd)
 
     def forward(self, image: Tensor) -> Tensor:
-        dtype = fused_dtype(self, image)
-        if dtype is not None and self._is_usual():
-            return self._forward_fused(image, dtype)
+        if self._is_usual():
+            if (dtype := fused_dtype(self, image)) is not None:
+                return self._forward_fused(image, dtype)
+            if self.conv2.out_channels <= WIDEST_CONV and (dtype := fused_training_dtype(self, image)) is not None:
+                return self._forward_training(image, dtype)
         x = self.act(self.norm1(_as_nhwc(self.conv1(_channels_last(image)))))
         return self.norm2(_as_nhwc(self.conv2(x.permute(0, 3, 1, 2))))
 
@@ -71,6 +74,14 @@ class ConvStem(nn.Module):
         conv, norm = self.conv2, self.norm2
         out_dtype = stream_dtype(image, dtype)
         return conv_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype, out_dtype)
+
+    def _forward_training(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        conv, norm = self.conv1, self.norm1
+        weights = (conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+        x = conv_norm_kept(image, *weights, True, dtype, dtype)
+        conv, norm = self.conv2, self.norm2
+        weights = (conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+        return conv_norm_kept(x.permute(0, 3, 1, 2), *weights, False, dtype, stream_dtype(image, dtype))
 
 
 STEMS: dict[str, type[nn.Module]] = {"v1": PatchStem, "v2": ConvStem}

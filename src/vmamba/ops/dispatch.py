@@ -29,8 +29,7 @@ class Backend(NamedTuple):
     scan_backward: (gy, u, delta, A, B, C, D, delta_bias, states, delta_softplus) -> the seven gradients.
     conv_forward: (x, weight, bias, activation) -> y; torch's own unless the backend has a depthwise convolution.
     conv_backward: (gy, x, weight, bias, activation) -> gradients of x, weight and bias, contiguous or not.
-    joined: a namespace of the functions of `inference.Plain` and of `mlp.norm_mlp_kept`, with kernels of its own, or
-        None.
+    joined: a namespace of the functions of `inference.Plain` and `training`, with kernels of its own, or None.
     """
 
     unavailable: Callable[[str], str | None]

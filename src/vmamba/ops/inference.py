@@ -18,36 +18,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import BACKENDS, choose
-from .library import is_transformed, ss2d_flops
+from .library import ss2d_flops
 
 __all__ = [
     "conv_norm",
     "conv_norm_gelu",
-    "inference_dtype",
-    "joined_dtype",
     "linear_residual",
     "norm_linear",
     "norm_mlp",
     "ss2d_norm",
 ]
-
-
-def inference_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which a network should run these operators on x, or None where it should run its layers one by one.
-
-    That is a half dtype (autocast's, or x's own) on a device whose backend has kernels, while no gradients are recorded
-    and no function transform (vmap, grad) looks on.
-    """
-    return None if torch.is_grad_enabled() else joined_dtype(x)
-
-
-def joined_dtype(x: Tensor) -> torch.dtype | None:
-    """The half dtype (autocast's, or x's own) in which a device's joined operators compute on x; None without them."""
-    device = x.device.type
-    if is_transformed() or device == "meta" or BACKENDS[choose("auto", device)].joined is None:
-        return None
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def norm_linear(

@@ -102,7 +102,7 @@ def conv_backward(gy, x, weight, bias, activation):
 
 
 class Joined:
-    """The functions of `ops.inference` and `ops.mlp` (see there)."""
+    """The functions of `ops.inference` and `ops.training` (see there)."""
 
     @staticmethod
     def norm_linear(x, norm_weight, norm_bias, eps, weight, bias, dtype):
@@ -149,3 +149,9 @@ class Joined:
         images = x.permute(0, 3, 1, 2).to(dtype)
         y = F.conv2d(images, weight.to(dtype), bias.to(dtype), stride=2, padding=1).permute(0, 2, 3, 1)
         return dense.layer_norm(y.contiguous(), norm_weight, norm_bias, eps, out_dtype)
+
+    @staticmethod
+    def conv_norm_kept(x, weight, bias, norm_weight, norm_bias, eps, gelu, dtype, out_dtype):
+        from . import stem
+
+        return stem.conv_norm_kept(x, weight, bias, norm_weight, norm_bias, eps, gelu, dtype, out_dtype)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..mlp import plain_norm_mlp
+from ..training import plain_norm_mlp
 from .dense_kernels import (
     linear_kernel,
     linear_resident_kernel,

@@ -1,4 +1,4 @@
-"""3x3 convolutions of stride 2, each with its LayerNorm (and GELU) in one kernel: the stem's two, for inference.
+"""3x3 convolutions of stride 2, each with its LayerNorm (and GELU) in one kernel: the stem's two, and downsampling.
 
 A program makes a tile of output pixels with all their channels, so the convolution is a matrix product over the tile's
 neighbourhoods, and the LayerNorm's sums stay in registers. Tiles in registers have a power of two of columns; channels
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .launch import kernel
 
-__all__ = ["conv_norm", "conv_norm_gelu"]
+__all__ = ["conv_norm", "conv_norm_gelu", "conv_norm_kept"]
 
 _PIXELS = 128  # of a tile of the first convolution
 _PROGRAMS = 2112  # that share its tiles
@@ -70,14 +70,31 @@ def _stem_weight(weight, bias, o_k, o_c, K: tl.constexpr, C: tl.constexpr):
     return tl.where((o_k == K)[:, None], _load_vector(bias, o_c, C)[None, :], b)
 
 
+@triton.jit
+def _store_act(
+    y, normed, o_y, o_c, b, b_weight, b_bias, m, C: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Channels o_c of y = act(b weight + bias) for pixels from o_y (BLOCK, 1); b itself to normed where KEEP."""
+    m_y = m[:, None] & (o_c < C)[None, :]
+    if KEEP:
+        tl.store(normed + o_y + o_c[None, :], b.to(normed.dtype.element_ty), mask=m_y)
+    b = b * b_weight[None, :] + b_bias[None, :]
+    if GELU:
+        b = gelu(b, EXACT)
+    tl.store(y + o_y + o_c[None, :], b.to(y.dtype.element_ty), mask=m_y)
+
+
 @kernel(do_not_specialize=["n_pixels", "n_tiles", "H", "W", "HO", "WO"])
 def conv_norm_gelu_kernel(
-    image, weight, bias, norm_weight, norm_bias, y, n_pixels, n_tiles, H, W, HO, WO, s_b, s_c, s_h, s_w, eps,
+    image, weight, bias, norm_weight, norm_bias, y, normed, rstd, n_pixels, n_tiles, H, W, HO, WO,
+    s_b, s_c, s_h, s_w, eps,
     K: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, TYPE: tl.constexpr, DOT: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    EXACT: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = GELU(LayerNorm(conv(image) + bias)). image of any strides, K = 9 values a neighbourhood and input channel;
-    weight (C, K), bias (C,); y (pixels, C). Channels 0 .. HEAD - 1 and the others are two tiles. Grid: any.
+    weight (C, K), bias (C,); y (pixels, C). Channels 0 .. HEAD - 1 and the others are two tiles. Grid: any. KEEP: what
+    the norm's weight and bias are applied to is left in normed (pixels, C), 1 / deviation in rstd (pixels,).
 
     The mean over channels is taken off the weight and the bias beforehand, so that it is never there to be subtracted:
     the mean of the C results is the result of the mean weight. The bias is a weight whose input is 1.
@@ -109,12 +126,14 @@ def conv_norm_gelu_kernel(
             b_tail = tl.dot(b_x, w_tail, input_precision="ieee")
             squares += tl.sum(b_tail * b_tail, 1)
         scale = tl.rsqrt(squares * (1.0 / C) + eps)[:, None]
-        o_y = y + first * C + tl.arange(0, BLOCK)[:, None] * C
-        b_y = gelu(b_head * scale * g_head[None, :] + h_head[None, :], EXACT)
-        tl.store(o_y + o_head[None, :], b_y.to(y.dtype.element_ty), mask=m[:, None] & (o_head < C)[None, :])
+        if KEEP:
+            tl.store(rstd + first + tl.arange(0, BLOCK)[:, None], scale, mask=m[:, None])
+        o_y = first * C + tl.arange(0, BLOCK)[:, None] * C
+        b_head *= scale
+        _store_act(y, normed, o_y, o_head, b_head, g_head, h_head, m, C, True, EXACT, KEEP)
         if TAIL:
-            b_y = gelu(b_tail * scale * g_tail[None, :] + h_tail[None, :], EXACT)
-            tl.store(o_y + o_tail[None, :], b_y.to(y.dtype.element_ty), mask=m[:, None] & (o_tail < C)[None, :])
+            b_tail *= scale
+            _store_act(y, normed, o_y, o_tail, b_tail, g_tail, h_tail, m, C, True, EXACT, KEEP)
 
 
 @kernel
@@ -130,14 +149,15 @@ def pack_kernel(
 
 @kernel(do_not_specialize=["n_pixels", "H", "W", "HO", "WO"])
 def conv_norm_kernel(
-    x, packed, bias, norm_weight, norm_bias, y, n_pixels, H, W, HO, WO, eps,
+    x, packed, bias, norm_weight, norm_bias, y, normed, rstd, n_pixels, H, W, HO, WO, eps,
     CI: tl.constexpr, CO: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, GELU: tl.constexpr,
-    EXACT: tl.constexpr, DOT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    EXACT: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = LayerNorm(conv(x) + bias), and GELU of it where GELU.
 
     x (B, H, W, CI), packed (9 CI, CO), y (B, HO, WO, CO), all contiguous; bias and the norm's (CO,). Channels
-    0 .. HEAD - 1 and the others are two tiles. Grid: tiles of BLOCK output pixels.
+    0 .. HEAD - 1 and the others are two tiles. KEEP: as in conv_norm_gelu_kernel. Grid: tiles of BLOCK output pixels.
     """
     i_h, i_w, i_b, first, m = _pixels(tl.program_id(0), n_pixels, HO, WO, BLOCK)
     i_h, i_w = 2 * i_h - 1, 2 * i_w - 1
@@ -174,18 +194,16 @@ def conv_norm_kernel(
         b_tail = tl.where((o_tail < CO)[None, :], b_tail - mean, 0.0)
         squares += tl.sum(b_tail * b_tail, 1)
     scale = tl.rsqrt(squares * (1.0 / CO) + eps)[:, None]
-    b_head = b_head * scale * _load_vector(norm_weight, o_head, CO)[None, :]
-    b_head += _load_vector(norm_bias, o_head, CO)[None, :]
-    if GELU:
-        b_head = gelu(b_head, EXACT)
-    o_y = y + first * CO + tl.arange(0, BLOCK)[:, None] * CO
-    tl.store(o_y + o_head[None, :], b_head.to(y.dtype.element_ty), mask=m[:, None] & (o_head < CO)[None, :])
+    if KEEP:
+        tl.store(rstd + first + tl.arange(0, BLOCK)[:, None], scale, mask=m[:, None])
+    o_y = first * CO + tl.arange(0, BLOCK)[:, None] * CO
+    b_head *= scale
+    g_head, h_head = _load_vector(norm_weight, o_head, CO), _load_vector(norm_bias, o_head, CO)
+    _store_act(y, normed, o_y, o_head, b_head, g_head, h_head, m, CO, GELU, EXACT, KEEP)
     if TAIL:
-        b_tail = b_tail * scale * _load_vector(norm_weight, o_tail, CO)[None, :]
-        b_tail += _load_vector(norm_bias, o_tail, CO)[None, :]
-        if GELU:
-            b_tail = gelu(b_tail, EXACT)
-        tl.store(o_y + o_tail[None, :], b_tail.to(y.dtype.element_ty), mask=m[:, None] & (o_tail < CO)[None, :])
+        b_tail *= scale
+        g_tail, h_tail = _load_vector(norm_weight, o_tail, CO), _load_vector(norm_bias, o_tail, CO)
+        _store_act(y, normed, o_y, o_tail, b_tail, g_tail, h_tail, m, CO, GELU, EXACT, KEEP)
 
 
 def _columns(C: int) -> tuple[int, int]:
@@ -231,26 +249,7 @@ def conv_norm_gelu(
     Returns:
         (B, ceil(H / 2), ceil(W / 2), C), contiguous.
     """
-    B, CI, H, W = image.shape
-    if CI > _FEW:
-        x = image.permute(0, 2, 3, 1)
-        return _conv_norm(x, conv_weight, conv_bias, norm_weight, norm_bias, eps, dtype, dtype, gelu=True)
-    C, HO, WO = conv_weight.shape[0], (H + 1) // 2, (W + 1) // 2
-    y = torch.empty((B, HO, WO, C), dtype=dtype, device=image.device)
-    if y.numel() == 0:
-        return y
-    n_pixels = B * HO * WO
-    n_tiles = triton.cdiv(n_pixels, _PIXELS)
-    head, tail = _columns(C)
-    conv_norm_gelu_kernel[(min(n_tiles, _PROGRAMS),)](
-        image, conv_weight.contiguous(), conv_bias, norm_weight, norm_bias, y,
-        n_pixels, n_tiles, H, W, HO, WO, *image.stride(), eps,
-        K=9 * CI, C=C, HEAD=head, TAIL=tail, TYPE=_TYPES[dtype], DOT=_dot_type(dtype, image.device),
-        EXACT=dtype == torch.float32, BLOCK=_PIXELS, BLOCK_K=triton.next_power_of_2(9 * CI + 1), num_warps=4,
-        maxnreg=128,  # four programs a multiprocessor instead of three: 0.117 ms instead of 0.126
-        enable_fp_fusion=True,
-    )  # fmt: skip
-    return y
+    return _conv_norm(image, conv_weight, conv_bias, norm_weight, norm_bias, eps, dtype, dtype, gelu=True)[0]
 
 
 def conv_norm(
@@ -275,27 +274,64 @@ def conv_norm(
     Returns:
         (B, ceil(H / 2), ceil(W / 2), C), contiguous.
     """
-    return _conv_norm(x, conv_weight, conv_bias, norm_weight, norm_bias, eps, dtype, out_dtype, gelu=False)
+    image = x.permute(0, 3, 1, 2)
+    return _conv_norm(image, conv_weight, conv_bias, norm_weight, norm_bias, eps, dtype, out_dtype, gelu=False)[0]
 
 
-def _conv_norm(x, conv_weight, conv_bias, norm_weight, norm_bias, eps, dtype, out_dtype, gelu: bool) -> Tensor:
-    B, H, W, CI = x.shape
+def conv_norm_kept(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    gelu: bool,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm(conv(x)), GELU of it where `gelu`, and what their backward needs (see `ops.training`).
+
+    x is (B, CI, H, W) of any strides; the other arguments, and the result's layout, as above.
+    """
+    return _conv_norm(x, conv_weight, conv_bias, norm_weight, norm_bias, eps, dtype, out_dtype, gelu, keep=True)
+
+
+def _conv_norm(
+    image, conv_weight, conv_bias, norm_weight, norm_bias, eps, dtype, out_dtype, gelu: bool, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, normed, rstd) of an image (B, CI, H, W); the last two empty unless `keep`."""
+    B, CI, H, W = image.shape
     C, HO, WO = conv_weight.shape[0], (H + 1) // 2, (W + 1) // 2
-    y = torch.empty((B, HO, WO, C), dtype=out_dtype, device=x.device)
+    y = torch.empty((B, HO, WO, C), dtype=out_dtype, device=image.device)
+    normed = torch.empty(y.shape if keep else 0, dtype=dtype, device=image.device)
+    rstd = torch.empty(y.shape[:3] if keep else 0, dtype=torch.float32, device=image.device)
     if y.numel() == 0:
-        return y
-    x = x.to(dtype).contiguous()
-    packed = torch.empty((9 * CI, C), dtype=dtype, device=x.device)
+        return y, normed, rstd
     n_pixels = B * HO * WO
     head, tail = _columns(C)
+    kept = (y, normed, rstd) if keep else (y, y, y)
+    constants = {
+        "HEAD": head, "TAIL": tail, "EXACT": dtype == torch.float32, "KEEP": keep,
+        "DOT": _dot_type(dtype, image.device), "enable_fp_fusion": True,
+    }  # fmt: skip
+    if gelu and CI <= _FEW:
+        n_tiles = triton.cdiv(n_pixels, _PIXELS)
+        conv_norm_gelu_kernel[(min(n_tiles, _PROGRAMS),)](
+            image, conv_weight.contiguous(), conv_bias, norm_weight, norm_bias, *kept,
+            n_pixels, n_tiles, H, W, HO, WO, *image.stride(), eps,
+            K=9 * CI, C=C, TYPE=_TYPES[dtype], BLOCK=_PIXELS, BLOCK_K=triton.next_power_of_2(9 * CI + 1), num_warps=4,
+            maxnreg=128,  # four programs a multiprocessor instead of three: 0.117 ms instead of 0.126
+            **constants,
+        )  # fmt: skip
+        return y, normed, rstd
+    x = image.permute(0, 2, 3, 1).to(dtype).contiguous()
+    packed = torch.empty((9 * CI, C), dtype=dtype, device=x.device)
     block, warps, block_k, stages = _tile(head, dtype)
     pack_kernel[(triton.cdiv(packed.numel(), 1024),)](
         conv_weight, packed, packed.numel(), *conv_weight.stride(), CI=CI, CO=C, BLOCK=1024
     )
     conv_norm_kernel[(triton.cdiv(n_pixels, block),)](
-        x, packed, conv_bias, norm_weight, norm_bias, y, n_pixels, H, W, HO, WO, eps,
-        CI=CI, CO=C, HEAD=head, TAIL=tail, GELU=gelu, EXACT=dtype == torch.float32,
-        DOT=_dot_type(dtype, x.device), BLOCK=block, BLOCK_K=block_k, STAGES=stages, num_warps=warps,
-        enable_fp_fusion=True,
+        x, packed, conv_bias, norm_weight, norm_bias, *kept, n_pixels, H, W, HO, WO, eps,
+        CI=CI, CO=C, GELU=gelu, BLOCK=block, BLOCK_K=block_k, STAGES=stages, num_warps=warps, **constants,
     )  # fmt: skip
-    return y
+    return y, normed, rstd
