@@ -289,6 +289,24 @@ def ss2d_norm_forward(
     return y
 
 
+def _backward_registers(R: int, N: int) -> int | None:
+    # stages 1 and 2: all programs of stage 1 at once; 0.69 ms with the limit, 1.0 without
+    return 168 if R <= 16 and N == 1 else None
+
+
+def _products_tile(E: int, bf16: bool) -> tuple[int, int, int, int]:
+    """(steps, channels, warps) of a block of the backward's products with gz, and how many programs of a route.
+
+    Whole pixels where they fit into shared memory, and so many blocks a program that all programs run at once; else 64
+    channels of many steps at a time, a block a program.
+    """
+    widest = 256 if bf16 else 128
+    if widest < E:
+        return widest, 64, widest // 32, 0
+    width = triton.next_power_of_2(max(16, E))
+    return 64, width, 4, _PRODUCTS if width <= 128 else -(-_PRODUCTS * 2 // 5)
+
+
 def ss2d_backward(
     gy: Tensor,
     x: Tensor,
@@ -318,15 +336,11 @@ def ss2d_backward(
     products = {"SUM": tl.bfloat16 if _dot_type(p) == tl.bfloat16 else tl.float32, "PRECISION": "tf32x3"}
     fp32 = {"dtype": torch.float32, "device": x.device}
     walks = (B, K, steps)
-    # products with gz: whole pixels where they fit into shared memory, else 64 channels of many steps at a time; blocks
-    # of so many steps of so many images, and so many blocks a program that all programs run at once
-    widest = 256 if bf16 else 128
-    whole = widest >= E
-    rows, width = (64, triton.next_power_of_2(max(16, E))) if whole else (256 if bf16 else 128, 64)
+    rows, width, product_warps, programs = _products_tile(E, bf16)
     block = min(rows, triton.next_power_of_2(steps))
     images = rows // block
     blocks = -(-B // images) * -(-steps // block)
-    G = -(-blocks // (_PRODUCTS if width <= 128 else -(-_PRODUCTS * 2 // 5))) if whole else 1
+    G = -(-blocks // programs) if width >= E else 1
     gx_parts = torch.empty((*walks, E), dtype=x.dtype, device=x.device)
     gz = torch.empty((*walks, E), dtype=torch.bfloat16 if bf16 else torch.float32, device=x.device)
     gBC = torch.empty((plan.n_c, *walks, 2 * N), **fp32)
@@ -349,7 +363,7 @@ def ss2d_backward(
     code_gradient_kernel[(g_weight.shape[0], K)](
         gz, gBC, p, weights[0], table, gp, g_weight, B, L, steps, G,
         K=K, E=E, R=R, N=N, n_parts=plan.n_c, IMAGES=images, STEPS=block, C=width, QP=constants["QP"],
-        NP=triton.next_power_of_2(2 * N), **products, num_warps=max(4, rows // 32),
+        NP=triton.next_power_of_2(2 * N), **products, num_warps=product_warps,
     )  # fmt: skip
     vector = math.gcd(E, 8)
     merge_gradient_kernel[(B * -(-L * (E // vector) // 256),)](
