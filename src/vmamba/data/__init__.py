@@ -1,6 +1,24 @@
 """Datasets, transforms and loaders."""
 
+from .coco import (
+    Category,
+    CocoAnnotations,
+    CocoDataset,
+    Finding,
+    check_detection,
+    coco_categories,
+    decode_segmentation,
+    read_coco,
+)
 from .constants import IMAGENET_MEAN, IMAGENET_STD
+from .detection import (
+    MULTI_SCALE_CROPS,
+    MULTI_SCALE_SIZES,
+    DetectionAugmentation,
+    collate_detection,
+    detection_evaluation_transform,
+    detection_training_transform,
+)
 from .folder import image_folder, read_image, stratified_split
 from .loading import evaluation_loader, training_loader
 from .sources import Splits, open_labelled, open_source
@@ -9,14 +27,28 @@ from .transforms import Augmentation, Preprocessing, evaluation_transform, train
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MULTI_SCALE_CROPS",
+    "MULTI_SCALE_SIZES",
     "Augmentation",
+    "Category",
+    "CocoAnnotations",
+    "CocoDataset",
+    "DetectionAugmentation",
+    "Finding",
     "Preprocessing",
     "Splits",
+    "check_detection",
+    "coco_categories",
+    "collate_detection",
+    "decode_segmentation",
+    "detection_evaluation_transform",
+    "detection_training_transform",
     "evaluation_loader",
     "evaluation_transform",
     "image_folder",
     "open_labelled",
     "open_source",
+    "read_coco",
     "read_image",
     "stratified_split",
     "training_loader",
