@@ -55,7 +55,7 @@ def make_photos(tmp_path):
 
 @pytest.fixture
 def make_coco(tmp_path):
-    """A function that writes a small COCO data set: `make_coco(name)` returns (image folder, annotation file, contents).
+    """A function that writes a small COCO data set: `make_coco(name)` returns image folder, annotation file, contents.
 
     Two photos of 64 x 48 pixels (images 7 and 30) with dark rectangles and triangles, categories 3 "box" and 90 "tri",
     four objects as polygons and run lengths of both kinds, one crowd; a third photo (image 31) has no object.

@@ -135,7 +135,7 @@ def test_mistakes_in_annotations_are_found_and_named(make_coco, mistake) -> None
     with pytest.raises(ValueError, match=rf"1 finding.*{file.name}.*annotation {number}: .*{text}.*on_finding='skip'"):
         CocoDataset(images, file)
     dataset = CocoDataset(images, file, on_finding="skip")
-    image, target = dataset[0]
+    _, target = dataset[0]
     assert target["labels"].tolist() == ([1, 2] if mistake == "beyond" else [1] if usable else [2])
     assert (target["boxes"] <= torch.tensor([64, 48, 64, 48])).all()
 
@@ -149,7 +149,7 @@ def test_mistakes_in_annotations_are_found_and_named(make_coco, mistake) -> None
     ],
 )
 def test_mistakes_in_images_are_found_and_named(make_coco, kind, text) -> None:
-    images, file, contents = make_coco()
+    images, file, _ = make_coco()
     picture = images / "7.png"
     picture.unlink()
     if kind == "unreadable image":

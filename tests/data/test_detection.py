@@ -36,7 +36,7 @@ def test_flips_move_boxes_and_masks(make_coco) -> None:
     images, file, _ = make_coco()
     plain = CocoDataset(images, file)[0][1]
     flip = detection_training_transform(DetectionAugmentation(horizontal_flip=1.0))
-    image, target = CocoDataset(images, file, transform=flip)[0]
+    _, target = CocoDataset(images, file, transform=flip)[0]
     assert torch.equal(target["masks"], plain["masks"].flip(2))
     assert target["boxes"][0].tolist() == [64 - 25, 6, 64 - 5, 30]
     for mask, box in zip(target["masks"], target["boxes"], strict=True):

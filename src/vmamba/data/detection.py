@@ -22,6 +22,8 @@ __all__ = [
     "detection_training_transform",
 ]
 
+Target = dict[str, Tensor]
+
 MULTI_SCALE_SIZES = tuple(range(480, 801, 32))  # of the short side: 480, 512, ..., 800, for the detector's `min_size`
 
 
@@ -77,7 +79,10 @@ class RandomWindow(v2.Transform):
 
 
 def detection_training_transform(augmentation: DetectionAugmentation = DetectionAugmentation()) -> v2.Transform:
-    """(image, target) as a `CocoDataset` gives them -> image (3, H, W) fp32 in [0, 1], target. Draws from torch's generator."""
+    """(image, target) as a `CocoDataset` gives them -> image (3, H, W) fp32 in [0, 1], target, both plain tensors.
+
+    Draws from torch's global generator.
+    """
     steps: list[v2.Transform] = [v2.ToImage(), v2.RandomHorizontalFlip(augmentation.horizontal_flip)]
     if augmentation.crop:
         resize = v2.RandomShortestSize(list(augmentation.crop_resize), augmentation.crop_max, antialias=False)
@@ -91,10 +96,8 @@ def detection_evaluation_transform() -> v2.Transform:
     return v2.Compose([v2.ToImage(), *_to_tensors()])
 
 
-def collate_detection(
-    batch: Sequence[tuple[Tensor, dict[str, Tensor]]],
-) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """(image, target) pairs -> (images, targets), as a detector takes them: images differ in size, so nothing is stacked."""
+def collate_detection(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """(image, target) pairs -> (images, targets) for a detector: images differ in size, so nothing is stacked."""
     images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
 
