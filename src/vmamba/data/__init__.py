@@ -9,6 +9,7 @@ from .coco import (
     coco_categories,
     decode_segmentation,
     read_coco,
+    segmentation_run_lengths,
 )
 from .constants import IMAGENET_MEAN, IMAGENET_STD
 from .detection import (
@@ -50,6 +51,7 @@ __all__ = [
     "open_source",
     "read_coco",
     "read_image",
+    "segmentation_run_lengths",
     "stratified_split",
     "training_loader",
     "training_transform",

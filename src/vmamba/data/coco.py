@@ -33,6 +33,7 @@ __all__ = [
     "coco_categories",
     "decode_segmentation",
     "read_coco",
+    "segmentation_run_lengths",
 ]
 
 ON_FINDING = ("error", "skip")
@@ -256,11 +257,17 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: it is none of these, or its run lengths are for another size.
     """
-    return torch.from_numpy(require("faster_coco_eval.core.mask", "det").decode(_run_lengths(segmentation, size)) != 0)
+    return torch.from_numpy(
+        require("faster_coco_eval.core.mask", "det").decode(segmentation_run_lengths(segmentation, size)) != 0
+    )
 
 
-def _run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """The compressed run lengths of a segmentation for an image of `size` (H, W)."""
+def segmentation_run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's segmentation as compressed run lengths, {"size": [H, W], "counts": bytes}, for an image of `size` (H, W).
+
+    Raises:
+        ValueError: as `decode_segmentation`.
+    """
     library = require("faster_coco_eval.core.mask", "det")
     if isinstance(segmentation, list):
         if not segmentation or not all(_is_polygon(polygon) for polygon in segmentation):
@@ -375,7 +382,7 @@ def _annotation_findings(
             yield finding("no segmentation", "it has no segmentation, others have")
         return
     try:
-        area = int(require("faster_coco_eval.core.mask", "det").area(_run_lengths(segmentation, size)))
+        area = int(require("faster_coco_eval.core.mask", "det").area(segmentation_run_lengths(segmentation, size)))
     except (ValueError, TypeError) as error:
         yield finding("bad segmentation", str(error))
         return
