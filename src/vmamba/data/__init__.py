@@ -20,7 +20,7 @@ from .detection import (
     detection_evaluation_transform,
     detection_training_transform,
 )
-from .folder import image_folder, read_image, stratified_split
+from .folder import image_folder, list_images, read_image, stratified_split
 from .loading import evaluation_loader, training_loader
 from .sources import Splits, open_labelled, open_source
 from .transforms import Augmentation, Preprocessing, evaluation_transform, training_transform
@@ -47,6 +47,7 @@ __all__ = [
     "evaluation_loader",
     "evaluation_transform",
     "image_folder",
+    "list_images",
     "open_labelled",
     "open_source",
     "read_coco",

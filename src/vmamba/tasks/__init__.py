@@ -2,6 +2,7 @@
 
 from .average_precision import (
     AveragePrecision,
+    as_coco,
     average_precision,
     box_results,
     mask_results,
@@ -9,7 +10,7 @@ from .average_precision import (
     write_results,
 )
 from .classification import Classification, ClassificationScores, confusion_matrix, top_k_hits
-from .detection import Detection, DetectionScores
+from .detection import Detection, DetectionScores, detect
 from .optimisation import make_optimizer, warmup_cosine
 from .task import Scores, Task
 
@@ -21,9 +22,11 @@ __all__ = [
     "DetectionScores",
     "Scores",
     "Task",
+    "as_coco",
     "average_precision",
     "box_results",
     "confusion_matrix",
+    "detect",
     "make_optimizer",
     "mask_results",
     "read_results",

@@ -19,7 +19,15 @@ from .._extras import require
 from .._files import write_text
 from ..data import Category, CocoAnnotations, read_coco, segmentation_run_lengths
 
-__all__ = ["AveragePrecision", "average_precision", "box_results", "mask_results", "read_results", "write_results"]
+__all__ = [
+    "AveragePrecision",
+    "as_coco",
+    "average_precision",
+    "box_results",
+    "mask_results",
+    "read_results",
+    "write_results",
+]
 
 _IOU_TYPES = {"box": "bbox", "mask": "segm"}
 
@@ -72,9 +80,39 @@ def mask_results(
     masks = detections["masks"][:, 0].cpu().numpy().astype(np.uint8)
     encoded = [library.encode(np.asfortranarray(mask)) for mask in masks]
     return [
-        entry | {"segmentation": {"size": list(runs["size"]), "counts": runs["counts"].decode("ascii")}}
+        entry | {"segmentation": {"size": list(map(int, runs["size"])), "counts": runs["counts"].decode("ascii")}}
         for entry, runs in zip(_entries(detections, image_id, categories), encoded, strict=True)
     ]
+
+
+def as_coco(
+    images: Sequence[tuple[str, tuple[int, int]]],
+    detections: Sequence[Mapping[str, Tensor]],
+    categories: Sequence[Category],
+) -> dict[str, Any]:
+    """Detections as a COCO file that stands alone: images numbered from 1, categories, annotations with a `score`.
+
+    Args:
+        images: name and size (H, W) of each. detections: of each, as a detector gives them.
+    """
+    annotations = []
+    for image_id, found in enumerate(detections, start=1):
+        entries = box_results(found, image_id, categories)
+        if "masks" in found:
+            runs = mask_results(found, image_id, categories)
+            entries = [box | mask for box, mask in zip(entries, runs, strict=True)]
+        areas = found["masks"].flatten(1).sum(1).tolist() if "masks" in found else None
+        for i, entry in enumerate(entries):
+            area = entry["bbox"][2] * entry["bbox"][3] if areas is None else areas[i]
+            annotations.append({"id": len(annotations) + 1, **entry, "area": area, "iscrowd": 0})
+    return {
+        "images": [
+            {"id": i, "file_name": name, "height": height, "width": width}
+            for i, (name, (height, width)) in enumerate(images, start=1)
+        ],
+        "categories": [category._asdict() for category in categories],
+        "annotations": annotations,
+    }
 
 
 def write_results(results: Iterable[Mapping[str, Any]], file: str | Path) -> None:

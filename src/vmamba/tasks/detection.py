@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..data import Category, CocoAnnotations
 from .average_precision import AveragePrecision, average_precision, box_results, mask_results
 
-__all__ = ["Detection", "DetectionScores"]
+__all__ = ["Detection", "DetectionScores", "detect"]
 
 Batch = tuple[Sequence[Tensor], Sequence[Mapping[str, Tensor]]]
 
@@ -97,3 +100,19 @@ class Detection:
 
     def scores(self) -> DetectionScores:
         return DetectionScores(self)
+
+
+def detect(detector: nn.Module, image: Image.Image) -> dict[str, Tensor]:
+    """What a detector finds in a picture, on the CPU.
+
+    Args:
+        detector: in evaluation mode, on any device.
+        image: RGB.
+
+    Returns:
+        `boxes`, `labels`, `scores` and `masks` as the detector gives them.
+    """
+    device = next(detector.parameters()).device
+    with torch.inference_mode():
+        (found,) = detector([pil_to_tensor(image).to(device).float() / 255])
+    return {name: tensor.cpu() for name, tensor in found.items()}
