@@ -174,8 +174,9 @@ def average_precision(
     found = [_checked(entry, key, wanted, {category.id for category in categories}) for entry in results]
 
     library = require("faster_coco_eval", "det")
+    nothing = library.COCO(truth | {"annotations": []})  # loadRes of older versions stumbles over an empty list
     truth = library.COCO(truth)
-    evaluation = library.COCOeval_faster(truth, truth.loadRes(found), _IOU_TYPES[kind])
+    evaluation = library.COCOeval_faster(truth, truth.loadRes(found) if found else nothing, _IOU_TYPES[kind])
     evaluation.params.imgIds = sorted(wanted)
     evaluation.params.catIds = [category.id for category in categories]
     evaluation.params.maxDets = [max_dets]
