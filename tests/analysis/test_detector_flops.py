@@ -41,8 +41,8 @@ def test_published_parameters_and_macs(name) -> None:
 
 
 def test_the_small_detectors_macs_are_the_sum_of_published_parts() -> None:
-    """Published: 70 M parameters, 384 G. But every term except the backbone is that of the tiny detector, and the backbone
-    is published with 8.7 G at 224 px: together 349 G."""
+    """Published: 70 M parameters, 384 G. But every term except the backbone is that of the tiny detector, and the
+    backbone is published with 8.7 G at 224 px: together 349 G."""
     name = "vmamba_small_s2l15"
     assert _parameters(name) / 1e6 == pytest.approx(70, rel=0.01)
     small, tiny = _macs(name), _macs("vmamba_tiny_s2l5")
