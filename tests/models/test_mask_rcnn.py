@@ -329,6 +329,44 @@ def test_losses_are_the_official_ones() -> None:
     assert objectness.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
+def test_region_losses_are_of_the_regions_own_class(monkeypatch) -> None:
+    torch.manual_seed(0)
+    heads = _small(classes=3).roi_heads.train()
+    scores, deltas, masks = torch.randn(4, 4), torch.randn(4, 12), torch.randn(2, 3, 28, 28)
+    boxes = torch.tensor([[0.0, 0, 28, 28], [4, 4, 32, 32], [0, 0, 9, 9], [5, 5, 9, 9]])
+    labels, owners = torch.tensor([3, 1, 0, 0]), torch.tensor([1, 0, 0, 0])
+    offsets = torch.randn(4, 4)
+    monkeypatch.setattr(heads, "select_training_samples", lambda *_: ([boxes], [owners], [labels], [offsets]))
+    monkeypatch.setattr(heads.box_predictor, "forward", lambda _: (scores, deltas))
+    monkeypatch.setattr(heads.mask_predictor, "forward", lambda _: masks)
+    target = _target((0, 0, 14, 28), (10, 10, 30, 30), labels=[1, 3])
+    features = {str(i): torch.zeros(1, 16, 64 >> i, 64 >> i) for i in range(4)}
+    _, losses = heads(features, [boxes], [(64, 64)], [target])
+    distance = (deltas[0, 8:] - offsets[0]).abs().sum() + (deltas[1, :4] - offsets[1]).abs().sum()
+    assert losses["loss_box_reg"].item() == pytest.approx((distance / 4).item(), rel=1e-5)
+    assert losses["loss_classifier"].item() == pytest.approx(F.cross_entropy(scores, labels).item(), rel=1e-5)
+    # regions of 28 pixels: their targets are the objects' masks, pixel by pixel
+    wanted = torch.stack([target["masks"][1, :28, :28], target["masks"][0, 4:32, 4:32]]).float()
+    ours = torch.stack([masks[0, 2], masks[1, 0]])
+    wanted = F.binary_cross_entropy_with_logits(ours, wanted)
+    assert losses["loss_mask"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_an_object_takes_its_best_region_from_another_object() -> None:
+    heads = _small().roi_heads
+    objects = torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 28]])
+    regions = torch.tensor([[0.0, 0, 20, 23], [0, 0, 20, 22], [40, 40, 50, 50]])
+    labels = torch.tensor([2, 3])
+    with_objects = torch.cat([regions, objects])
+    (matched,), (found,) = heads.assign_targets_to_proposals([with_objects], [objects], [labels])
+    # the first region overlaps object 0 by 20/23 and object 1 by 23/28, the second by 20/22 and 22/28: each object has
+    # its own best one, although both regions overlap object 0 more
+    assert matched.tolist() == [1, 0, 0, 0, 1]
+    assert found.tolist() == [3, 2, 0, 2, 3]
+    (matched,), (found,) = heads.assign_targets_to_proposals([regions], [objects[:0]], [labels[:0]])
+    assert matched.tolist() == found.tolist() == [0, 0, 0]
+
+
 def test_autocast_keeps_boxes_and_losses_in_full_precision() -> None:
     torch.manual_seed(0)
     detector = _small(score_threshold=0.0)

@@ -22,7 +22,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import batched_nms, box_area, clip_boxes_to_image, roi_align
+from torchvision.ops import batched_nms, box_area, box_iou, clip_boxes_to_image, roi_align
 
 __all__ = [
     "DetectionTransform",
@@ -227,6 +227,25 @@ class RegionHeads(RoIHeads):
             for detection, logits in zip(detections, self._mask_logits(features, boxes, labels), strict=True):
                 detection["masks"] = logits.sigmoid()[:, None]
         return detections, {}
+
+    def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
+        """For every proposal the number of its object and its label, 0 for the background.
+
+        The objects' own boxes stand last among the proposals. They are matched to themselves and take no part in the
+        matching of the others (torchvision: they do, and each is then the best candidate of its object).
+        """
+        matched, labels = [], []
+        for boxes, objects, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
+            candidates = boxes[: len(boxes) - len(objects)]
+            match = classes.new_full((len(candidates),), -1)
+            if len(candidates) and len(objects):
+                match = self.proposal_matcher(box_iou(objects, candidates))
+            label = torch.zeros_like(match)
+            label[match >= 0] = classes[match[match >= 0]]
+            itself = torch.arange(len(objects), device=match.device)
+            matched.append(torch.cat([match.clamp(min=0), itself]))
+            labels.append(torch.cat([label, classes]))
+        return matched, labels
 
     def _losses(self, features, proposals, targets) -> dict[str, Tensor]:
         proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
