@@ -17,7 +17,7 @@ BOX_FIGURES = {"box_ap", "box_ap50", "box_ap75", "box_aps", "box_apm", "box_apl"
 
 
 class Oracle(nn.Module):
-    """A detector that knows the answers, by the size of the image's first pixel row sum."""
+    """A detector that knows every image by the sum of its pixels, and the answer to it."""
 
     def __init__(self, dataset: CocoDataset):
         super().__init__()

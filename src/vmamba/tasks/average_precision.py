@@ -150,6 +150,9 @@ def average_precision(
 ) -> AveragePrecision:
     """How well results find the objects of a COCO file. Crowds count neither way, as COCO has it.
 
+    Annotations without a box, a usable segmentation (for masks), a listed image or category are left out:
+    `vmamba.data.check_detection` names them.
+
     Args:
         ground_truth, results: as read, or the files.
         kind: "box" or "mask".
@@ -214,11 +217,15 @@ def _truth(coco: CocoAnnotations, categories: Sequence[Category], images: set[in
     }
     annotations = []
     for entry in coco.annotations:
-        if entry.get("image_id") not in sizes or entry.get("category_id") not in known or "bbox" not in entry:
+        box = entry.get("bbox")
+        is_box = isinstance(box, list) and len(box) == 4
+        if not is_box or entry.get("image_id") not in sizes or entry.get("category_id") not in known:
             continue
         kept = {name: entry[name] for name in ("image_id", "category_id", "bbox")}
-        area = entry["bbox"][2] * entry["bbox"][3]
+        area = box[2] * box[3]
         if masks:
+            if None in sizes[entry["image_id"]]:
+                raise ValueError(f"{coco.file}: image {entry['image_id']} has no height and width, which masks need")
             try:
                 kept["segmentation"] = segmentation_run_lengths(entry.get("segmentation"), sizes[entry["image_id"]])
             except (ValueError, TypeError):
