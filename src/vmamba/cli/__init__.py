@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, convert, evaluate, models, predict, train
+from . import bench, convert, detect, evaluate, models, predict, train
 
-COMMANDS = (train, evaluate, predict, models, convert, bench)
+COMMANDS = (train, evaluate, predict, detect, models, convert, bench)
 
 # what a user can put right: told in one line, without a traceback
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vmamba",
-        description="VMamba, the Visual State Space Model: train, evaluate and use image classifiers.",
+        description="VMamba, the Visual State Space Model: train, evaluate and use image classifiers and detectors.",
         epilog="Start with `vmamba train`: it trains on handwritten digits, offline, in minutes on a CPU.",
     )
     parser.add_argument("--version", action="version", version=f"vmamba {__version__}")

@@ -1,7 +1,26 @@
 """Datasets, transforms and loaders."""
 
+from .coco import (
+    Category,
+    CocoAnnotations,
+    CocoDataset,
+    Finding,
+    check_detection,
+    coco_categories,
+    decode_segmentation,
+    read_coco,
+    segmentation_run_lengths,
+)
 from .constants import IMAGENET_MEAN, IMAGENET_STD
-from .folder import image_folder, read_image, stratified_split
+from .detection import (
+    MULTI_SCALE_CROPS,
+    MULTI_SCALE_SIZES,
+    DetectionAugmentation,
+    collate_detection,
+    detection_evaluation_transform,
+    detection_training_transform,
+)
+from .folder import image_folder, list_images, read_image, stratified_split
 from .loading import evaluation_loader, training_loader
 from .sources import Splits, open_labelled, open_source
 from .transforms import Augmentation, Preprocessing, evaluation_transform, training_transform
@@ -9,15 +28,31 @@ from .transforms import Augmentation, Preprocessing, evaluation_transform, train
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MULTI_SCALE_CROPS",
+    "MULTI_SCALE_SIZES",
     "Augmentation",
+    "Category",
+    "CocoAnnotations",
+    "CocoDataset",
+    "DetectionAugmentation",
+    "Finding",
     "Preprocessing",
     "Splits",
+    "check_detection",
+    "coco_categories",
+    "collate_detection",
+    "decode_segmentation",
+    "detection_evaluation_transform",
+    "detection_training_transform",
     "evaluation_loader",
     "evaluation_transform",
     "image_folder",
+    "list_images",
     "open_labelled",
     "open_source",
+    "read_coco",
     "read_image",
+    "segmentation_run_lengths",
     "stratified_split",
     "training_loader",
     "training_transform",

@@ -95,6 +95,27 @@ def class_folders(root: Path) -> tuple[str, ...]:
     return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
 
 
+def list_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Image files among ``paths``; a folder stands for the images directly in it, in alphabetical order.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a folder holds no images.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise ValueError(f"the folder {path} holds no images")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no such image: {path}")
+    return files
+
+
 def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices (rest, held out): of every class the rounded ``fraction``, at least one and never all, is held out.
 
