@@ -32,10 +32,13 @@ def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
 
 
 def _untouched(layer: nn.Module) -> bool:
-    for module in layer.modules():
-        if module is not layer and (module._forward_hooks or module._forward_pre_hooks):
+    # asked at every call of a block: 15 us where `Module.modules` takes 35
+    for parameter in layer._parameters.values():
+        if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
             return False
-        for parameter in module._parameters.values():
-            if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
-                return False
+    for module in layer._modules.values():
+        if module is None:
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or not _untouched(module):
+            return False
     return True
