@@ -2,9 +2,11 @@
 
 from .models import (
     FeatureGetter,
+    UPerNet,
     VMamba,
     VMambaConfig,
     convert,
+    create_upernet,
     from_official,
     list_models,
     load_checkpoint,
@@ -16,10 +18,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FeatureGetter",
+    "UPerNet",
     "VMamba",
     "VMambaConfig",
     "__version__",
     "convert",
+    "create_upernet",
     "from_official",
     "list_models",
     "load_checkpoint",

@@ -16,7 +16,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .._files import write_aside
-from .keymap import is_official, is_ours, state_to_official, state_to_ours
+from . import keymap, upernet_keymap
 from .vmamba import FeatureGetter, resize_pos_embed
 
 __all__ = ["checkpoint_filter_fn", "convert", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
@@ -24,6 +24,36 @@ __all__ = ["checkpoint_filter_fn", "convert", "load_checkpoint", "read_checkpoin
 # Where training scripts nest the weights. Released official files keep theirs under "model", EMA weights included.
 _NESTING = ("model", "state_dict")
 _LISTED = 8  # names shown of a long list
+_KEYMAPS = (upernet_keymap, keymap)  # the first that knows the names translates them
+_CLASSIFIERS = ("head.", "decode_head.classifier.", "auxiliary_head.classifier.")
+_OUT_NORMS = ("out_norms.", "backbone.out_norms.")
+_INPUT_CONVS = ("stem.conv.weight", "stem.conv1.weight", "backbone.stem.conv.weight", "backbone.stem.conv1.weight")
+
+
+class _Ignored:
+    """Stands for an object beside the weights that nobody reads: takes what it is made of, keeps and runs nothing."""
+
+    def __init__(self, *contents: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What training scripts pickle beside the weights, and the harmless class to read it as. The settings of the official
+# classification code are a dict; mmengine's logged numbers (segmentation, detection) are objects around NumPy arrays.
+_BYSTANDERS: list[tuple[Any, str]] = [
+    (OrderedDict, "yacs.config.CfgNode"),
+    *(
+        (_Ignored, name)
+        for name in (
+            "mmengine.logging.history_buffer.HistoryBuffer",
+            "numpy.ndarray",
+            "numpy.dtype",
+            *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+        )
+    ),
+]
 
 
 def read_checkpoint(path: str | os.PathLike, *, key: str | None = None) -> dict[str, Tensor]:
@@ -64,12 +94,12 @@ def load_checkpoint(
     adapt_input: bool = False,
     new_out_norms: bool = False,
 ) -> None:
-    """Load a file's weights into a VMamba or a backbone made of one: all of them, or none and an error.
+    """Load a file's weights into a VMamba, a backbone made of one, or a UPerNet: all of them, or none and an error.
 
     A position embedding for another image size is resized (bicubic).
 
     Args:
-        model: a `VMamba` or `FeatureGetter`.
+        model: a `VMamba`, `FeatureGetter` or `UPerNet`.
         path, key: as in `read_checkpoint`.
         new_head: where the classifier differs from the file's (another number of classes, none here, none there), keep
             the model's own.
@@ -82,17 +112,17 @@ def load_checkpoint(
         ValueError: if the file does not fit the model, listing names and shapes. The model is unchanged then.
     """
     loaded = read_checkpoint(path, key=key)
-    own = {_bare(model, name): tensor for name, tensor in model.state_dict().items()}
+    own = _file_state(model)
     loaded = _fit_pos_embed(loaded, own)
     if new_head:
-        loaded = _keep_own(loaded, own, "head.")
+        loaded = _keep_own(loaded, own, _CLASSIFIERS)
     if new_out_norms:
-        loaded = _keep_own(loaded, own, "out_norms.")
+        loaded = _keep_own(loaded, own, _OUT_NORMS)
     if adapt_input:
         loaded = _fit_input(loaded, own, path)
     if problems := _mismatches(loaded, own):
         raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(problems))
-    model.load_state_dict({name: loaded[_bare(model, name)] for name in model.state_dict()})
+    model.load_state_dict({name: loaded[in_file] for name, in_file in zip(model.state_dict(), own, strict=True)})
 
 
 def save_checkpoint(
@@ -110,11 +140,11 @@ def save_checkpoint(
         OSError: if it cannot be written, naming the file.
     """
     if isinstance(model, nn.Module):
-        state = {_bare(model, name): tensor for name, tensor in model.state_dict().items()}
+        state = _file_state(model)
     else:
         state = dict(model)
     if official:
-        state = state_to_official(state)
+        state = next((names for names in _KEYMAPS if names.is_ours(state)), keymap).state_to_official(state)
     # contiguous and apart: safetensors refuses views of one storage
     state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     if Path(path).suffix == ".safetensors":
@@ -137,7 +167,7 @@ def convert(
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """For timm's own loading: unwraps, maps official names, resizes the position embedding. Strictness is timm's."""
     state = _to_our_names(_unwrap(state_dict, "the checkpoint", None))
-    return _fit_pos_embed(state, {_bare(model, name): tensor for name, tensor in model.state_dict().items()})
+    return _fit_pos_embed(state, _file_state(model))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -149,9 +179,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        # Official training scripts pickle their settings, a dict of this class, beside the weights. Reading it as an
-        # ordinary dict needs neither that class nor its code.
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        # reading the bystanders as harmless classes needs neither their packages nor their code
+        with torch.serialization.safe_globals(_BYSTANDERS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes raise nearly anything
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
@@ -184,27 +213,35 @@ def _unwrap(content: Any, where: str | Path, key: str | None) -> dict[str, Tenso
 
 
 def _to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    if is_official(state):
-        return state_to_ours(state)
-    if is_ours(state):
-        return state
-    raise ValueError(f"these are no weights of a VMamba: {_listed(state)}")
+    for names in _KEYMAPS:
+        if names.is_official(state):
+            return names.state_to_ours(state)
+        if names.is_ours(state):
+            return state
+    raise ValueError(f"these are no weights of a VMamba or of a UPerNet: {_listed(state)}")
 
 
-def _bare(model: nn.Module, name: str) -> str:
-    """A parameter's name in the network itself, without the backbone wrapper around it."""
-    return name.removeprefix("model.") if isinstance(model, FeatureGetter) else name
+def _file_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state, in its order, under the names that files have: without the wrapper around a backbone."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, FeatureGetter):
+            path = f"{name}." if name else ""
+            wrapped = f"{path}model."
+            state = {path + n.removeprefix(wrapped) if n.startswith(wrapped) else n: t for n, t in state.items()}
+    return state
 
 
 def _fit_pos_embed(loaded: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    theirs, ours = loaded.get("pos_embed"), own.get("pos_embed")
-    if theirs is None or ours is None or theirs.ndim != 4 or theirs.shape[:2] != ours.shape[:2]:
-        return loaded
-    return loaded | {"pos_embed": resize_pos_embed(theirs, ours.shape[2:])}
+    for name in ("pos_embed", "backbone.pos_embed"):
+        theirs, ours = loaded.get(name), own.get(name)
+        if theirs is not None and ours is not None and theirs.ndim == 4 and theirs.shape[:2] == ours.shape[:2]:
+            return loaded | {name: resize_pos_embed(theirs, ours.shape[2:])}
+    return loaded
 
 
 def _fit_input(loaded: dict[str, Tensor], own: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
-    for name in ("stem.conv.weight", "stem.conv1.weight"):
+    for name in _INPUT_CONVS:
         if name in loaded and name in own and loaded[name].shape[1] != own[name].shape[1]:
             if loaded[name].shape[1] != 3:
                 raise ValueError(f"{path} is for {loaded[name].shape[1]} image channels: only 3 can be adapted")
@@ -212,11 +249,11 @@ def _fit_input(loaded: dict[str, Tensor], own: Mapping[str, Tensor], path: str |
     return loaded
 
 
-def _keep_own(loaded: dict[str, Tensor], own: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The loaded state with the model's own tensors under `prefix` wherever the loaded ones do not fit."""
-    kept = {name: t for name, t in loaded.items() if not name.startswith(prefix) or name in own}
+def _keep_own(loaded: dict[str, Tensor], own: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The loaded state with the model's own tensors under `prefixes` wherever the loaded ones do not fit."""
+    kept = {name: t for name, t in loaded.items() if not name.startswith(prefixes) or name in own}
     for name, tensor in own.items():
-        if name.startswith(prefix) and (name not in kept or kept[name].shape != tensor.shape):
+        if name.startswith(prefixes) and (name not in kept or kept[name].shape != tensor.shape):
             kept[name] = tensor
     return kept
 
@@ -234,11 +271,11 @@ def _mismatches(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list
         shapes = [f"{n} {tuple(loaded[n].shape)} in the file, {tuple(own[n].shape)} in the model" for n in reshaped]
         problems.append(f"other shapes: {_listed(shapes)}")
     concerned = [*missing, *unexpected, *reshaped]
-    if any(name.startswith("head.") for name in concerned):
+    if any(name.startswith(_CLASSIFIERS) for name in concerned):
         problems.append("to keep the model's own classifier, pass new_head=True")
-    if any(name.startswith("out_norms.") for name in missing):
+    if any(name.startswith(_OUT_NORMS) for name in missing):
         problems.append("to keep the backbone's own output norms, pass new_out_norms=True")
-    if any(name in ("stem.conv.weight", "stem.conv1.weight") for name in reshaped):
+    if any(name in _INPUT_CONVS for name in reshaped):
         problems.append("for another number of image channels, pass adapt_input=True")
     return problems
 
