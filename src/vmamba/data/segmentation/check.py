@@ -1,0 +1,61 @@
+"""Every file of a segmentation data set, read and compared before training starts."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..folder import read_image
+from .masks import LabelMap, mask_problem, read_index_mask
+from .sources import SegmentationSource, find_segmentation, pair_files
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with a file (or folder) of a data set; ``str`` of it is one line that names the file."""
+
+    path: Path
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
+
+
+def check_segmentation(source: str | Path | SegmentationSource) -> list[Finding]:
+    """Read all images and masks of a source; an empty list is a data set that training can use.
+
+    Findings: images without mask, masks without image, two files of one name, parts without images, files that cannot
+    be read, masks that are colour pictures, masks of another size than their image, labels that are no class.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no data set to check; as :func:`~.sources.find_segmentation`.
+    """
+    if not isinstance(source, SegmentationSource):
+        source = find_segmentation(source)
+    findings = []
+    for part in source.parts.values():
+        pairs = pair_files(part)
+        if not pairs.images:
+            findings.append(Finding(part.images, f"no image here has a mask of its name under {part.masks}"))
+        if not source.partly_labelled:
+            findings += [Finding(path, f"has no mask of its name under {part.masks}") for path in pairs.without_mask]
+        findings += [Finding(path, f"has no image of its name under {part.images}") for path in pairs.without_image]
+        findings += [Finding(path, "has the name of another file, apart from the ending") for path in pairs.same_name]
+        with ThreadPoolExecutor() as pool:
+            checked = pool.map(_check_pair, pairs.images, pairs.masks, [source.labels] * len(pairs.images))
+            findings += [finding for finding in checked if finding is not None]
+    return findings
+
+
+def _check_pair(image: Path, mask: Path, labels: LabelMap) -> Finding | None:
+    try:
+        size = read_image(image).size
+    except (OSError, ValueError) as error:
+        return Finding(image, str(error))
+    try:
+        raw = read_index_mask(mask)
+    except (OSError, ValueError) as error:
+        return Finding(mask, str(error))
+    problem = mask_problem(raw, labels, size, image)
+    return Finding(mask, problem) if problem else None
