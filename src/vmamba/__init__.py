@@ -12,6 +12,7 @@ from .models import (
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
+    upernet_from_checkpoint,
 )
 
 __version__ = "0.1.0"
@@ -29,4 +30,5 @@ __all__ = [
     "load_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
+    "upernet_from_checkpoint",
 ]

@@ -13,7 +13,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import vmamba
-from vmamba import FeatureGetter, UPerNet, VMamba, create_upernet, load_checkpoint, read_checkpoint, save_checkpoint
+from vmamba import (
+    FeatureGetter,
+    UPerNet,
+    VMamba,
+    create_upernet,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    upernet_from_checkpoint,
+)
 from vmamba.models import upernet as upernet_module
 from vmamba.models.upernet import BatchNorm, TimmFeatures
 from vmamba.models.upernet_keymap import state_to_official, state_to_ours
@@ -261,3 +270,28 @@ def test_published_settings_are_the_defaults() -> None:
     assert model.auxiliary_head.block.conv.weight.shape == (256, 384, 3, 3)
     assert model.decode_head.classifier.weight.shape[0] == 150
     assert model.decode_head.dropout.p == 0.1
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_a_file_says_which_network_it_holds(tmp_path, official) -> None:
+    model = create_upernet("vmamba_micro", 7, **SMALL).eval()
+    save_checkpoint(model, tmp_path / "c.pth", official=official)
+    found = upernet_from_checkpoint(tmp_path / "c.pth")
+    assert not found.training
+    assert _same(found.state_dict(), model.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(found(image), model(image))
+
+
+def test_a_file_of_another_backbone_needs_its_name(tmp_path) -> None:
+    model = create_upernet("convnext_atto", 7, **SMALL)
+    save_checkpoint(model, tmp_path / "c.safetensors")
+    assert _same(upernet_from_checkpoint(tmp_path / "c.safetensors", "convnext_atto").state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match=r"the backbone in .*c\.safetensors is none of .*vmamba_nano.*: name the one"):
+        upernet_from_checkpoint(tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)c\.safetensors does not fit the model.*missing.*unknown"):
+        upernet_from_checkpoint(tmp_path / "c.safetensors", "vmamba_nano")
+    save_checkpoint(timm.create_model("vmamba_nano"), tmp_path / "classifier.pth")
+    with pytest.raises(ValueError, match=r"classifier\.pth holds no UPerNet"):
+        upernet_from_checkpoint(tmp_path / "classifier.pth")

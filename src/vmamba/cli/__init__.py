@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, convert, evaluate, models, predict, train
+from . import bench, convert, evaluate, models, predict, segment, train
 
-COMMANDS = (train, evaluate, predict, models, convert, bench)
+COMMANDS = (train, evaluate, predict, segment, models, convert, bench)
 
 # what a user can put right: told in one line, without a traceback
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)

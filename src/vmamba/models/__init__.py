@@ -3,7 +3,7 @@
 from .checkpoint import convert, load_checkpoint, read_checkpoint, save_checkpoint
 from .config import VMambaConfig
 from .official import from_official
-from .upernet import UPerNet, create_upernet
+from .upernet import UPerNet, create_upernet, upernet_from_checkpoint
 from .variants import list_models
 from .vmamba import FeatureGetter, VMamba
 
@@ -19,4 +19,5 @@ __all__ = [
     "load_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
+    "upernet_from_checkpoint",
 ]

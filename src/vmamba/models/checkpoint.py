@@ -112,7 +112,20 @@ def load_checkpoint(
         ValueError: if the file does not fit the model, listing names and shapes. The model is unchanged then.
     """
     loaded = read_checkpoint(path, key=key)
-    own = _file_state(model)
+    load_state(model, loaded, path, new_head=new_head, adapt_input=adapt_input, new_out_norms=new_out_norms)
+
+
+def load_state(
+    model: nn.Module,
+    loaded: dict[str, Tensor],
+    path: str | os.PathLike,
+    *,
+    new_head: bool = False,
+    adapt_input: bool = False,
+    new_out_norms: bool = False,
+) -> None:
+    """`load_checkpoint` for what `read_checkpoint` has read of `path`."""
+    own = file_state(model)
     loaded = _fit_pos_embed(loaded, own)
     if new_head:
         loaded = _keep_own(loaded, own, _CLASSIFIERS)
@@ -140,7 +153,7 @@ def save_checkpoint(
         OSError: if it cannot be written, naming the file.
     """
     if isinstance(model, nn.Module):
-        state = _file_state(model)
+        state = file_state(model)
     else:
         state = dict(model)
     if official:
@@ -167,7 +180,7 @@ def convert(
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """For timm's own loading: unwraps, maps official names, resizes the position embedding. Strictness is timm's."""
     state = _to_our_names(_unwrap(state_dict, "the checkpoint", None))
-    return _fit_pos_embed(state, _file_state(model))
+    return _fit_pos_embed(state, file_state(model))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -221,7 +234,7 @@ def _to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     raise ValueError(f"these are no weights of a VMamba or of a UPerNet: {_listed(state)}")
 
 
-def _file_state(model: nn.Module) -> dict[str, Tensor]:
+def file_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state, in its order, under the names that files have: without the wrapper around a backbone."""
     state = model.state_dict()
     for name, module in model.named_modules():

@@ -7,7 +7,8 @@ VMamba (arXiv 2401.10166) uses it: 512 channels, and an auxiliary fully convolut
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -17,9 +18,10 @@ from timm.layers import LayerNorm2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
+from .checkpoint import file_state, load_state, read_checkpoint
 from .variants import list_models
 
-__all__ = ["BatchNorm", "FCNHead", "TimmFeatures", "UPerHead", "UPerNet", "create_upernet"]
+__all__ = ["BatchNorm", "FCNHead", "TimmFeatures", "UPerHead", "UPerNet", "create_upernet", "upernet_from_checkpoint"]
 
 POOL_GRIDS = (1, 2, 3, 6)  # UPerNet, section 3.1; cells a side of the pooled grids
 STAGES = 4
@@ -241,3 +243,37 @@ def create_upernet(
         auxiliary_channels=auxiliary_channels,
         dropout=dropout,
     )
+
+
+def upernet_from_checkpoint(path: str | os.PathLike, backbone: str | None = None, **backbone_options: Any) -> UPerNet:
+    """The UPerNet of a file, in evaluation mode; the number of classes and the widths are the file's.
+
+    Args:
+        path: an official segmentation checkpoint, or one of `save_checkpoint`.
+        backbone: its name; left out, the one of our variants whose parameters have the file's names and shapes.
+        backbone_options: as in `create_upernet`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_checkpoint`; the file is of no UPerNet, or of another backbone.
+    """
+    state = read_checkpoint(path)
+    try:
+        num_classes, channels = state["decode_head.classifier.weight"].shape[:2]
+        auxiliary_channels = state["auxiliary_head.classifier.weight"].shape[1]
+    except KeyError as error:
+        raise ValueError(f"{path} holds no UPerNet: it has no {error}") from error
+    backbone = backbone or _variant_of(state, path)
+    widths = {"channels": channels, "auxiliary_channels": auxiliary_channels}
+    model = create_upernet(backbone, num_classes, **widths, **backbone_options)
+    load_state(model, state, path)
+    return model.eval()
+
+
+def _variant_of(state: Mapping[str, Tensor], path: str | os.PathLike) -> str:
+    """Which of our variants has backbone parameters of these names and shapes; they all differ."""
+    shapes = {name: tensor.shape for name, tensor in state.items() if name.startswith("backbone.")}
+    for name in list_models():
+        backbone = timm.create_model(name, features_only=True, out_norm=True, device="meta")
+        if shapes == {f"backbone.{n}": tensor.shape for n, tensor in file_state(backbone).items()}:
+            return name
+    raise ValueError(f"the backbone in {path} is none of {', '.join(list_models())}: name the one it is")

@@ -1,0 +1,109 @@
+"""Photos segmented by a trained model, as files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data import read_image
+from ..data.folder import IMAGE_SUFFIXES
+from ..data.segmentation import ADE20K_CLASSES, segmentation_evaluation_transform
+from ..models import upernet_from_checkpoint
+from ..tasks import SegmentationInference, segment
+from .segmentation_pictures import ClassShare, class_shares, save_index_mask, save_legend, save_overlay
+
+__all__ = ["Segmented", "segment_files"]
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """One segmented photo: the files written for it and the classes in it, the largest first."""
+
+    image: Path
+    mask: Path
+    overlay: Path
+    legend: Path
+    classes: tuple[ClassShare, ...]
+
+
+def segment_files(
+    checkpoint: str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
+    *,
+    backbone: str | None = None,
+    classes: Sequence[str] | None = None,
+    inference: SegmentationInference | None = None,
+    opacity: float = 0.55,
+    device: str = "cpu",
+) -> list[Segmented]:
+    """Segment image files, and the images directly in the folders, among ``images``.
+
+    For ``a.jpg`` writes into ``out``: ``a.mask.png`` (pixel values are class indices), ``a.overlay.png`` and
+    ``a.legend.png``.
+
+    Args:
+        checkpoint, backbone: as `upernet_from_checkpoint`.
+        classes: names; by default ADE20K's for 150 classes, otherwise numbers.
+        inference: how photos are looked at; whole and at their size by default.
+        opacity: of the colours in the overlay, 0 to 1.
+
+    Raises:
+        FileNotFoundError, ValueError: checkpoint, device, class names or an image are missing or do not fit; two images
+            would write the same files. Nothing is written before all arguments are looked at.
+    """
+    files = _image_files(images)
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must lie between 0 and 1, not {opacity}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"this machine cannot compute on device {device!r}: {str(error).splitlines()[0]}") from error
+    model = upernet_from_checkpoint(checkpoint, backbone).to(device)
+    names = _names(classes, model.num_classes)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    normalise = segmentation_evaluation_transform()
+    results = []
+    for file in files:
+        photo = read_image(file)
+        pixels, _ = normalise(photo, np.zeros((photo.height, photo.width), dtype=np.uint8))
+        with torch.inference_mode():
+            mask = segment(model, pixels[None].to(device), inference)[0].cpu().numpy()
+        paths = {kind: out / f"{file.stem}.{kind}.png" for kind in ("mask", "overlay", "legend")}
+        save_index_mask(mask, len(names), paths["mask"])
+        save_overlay(photo, mask, names, paths["overlay"], opacity)
+        save_legend(mask, names, paths["legend"])
+        results.append(Segmented(file, **paths, classes=tuple(class_shares(mask, names))))
+    return results
+
+
+def _image_files(images: Sequence[str | Path]) -> list[Path]:
+    files: list[Path] = []
+    for image in map(Path, images):
+        if image.is_dir():
+            inside = sorted(p for p in image.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise ValueError(f"the folder {image} holds no images")
+            files += inside
+        elif image.is_file():
+            files.append(image)
+        else:
+            raise FileNotFoundError(f"no such image: {image}")
+    stems: dict[str, Path] = {}
+    for file in files:
+        if (other := stems.setdefault(file.stem, file)) != file:
+            raise ValueError(f"{other} and {file} would write the same files: segment them into different folders")
+    return list(dict.fromkeys(files))
+
+
+def _names(classes: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    if classes is None:
+        return ADE20K_CLASSES if count == len(ADE20K_CLASSES) else tuple(f"class {i}" for i in range(count))
+    if len(classes) != count:
+        raise ValueError(f"{len(classes)} class names are given, the model knows {count} classes")
+    return tuple(classes)
