@@ -114,3 +114,16 @@ def test_names_at_the_edge_stay_in_the_picture(tmp_path) -> None:
     letters[:, 7] = False  # the border between the classes
     assert not letters[:, :2].any()
     assert letters[:, 60:].any()
+
+
+def test_a_larger_classs_name_is_not_covered(tmp_path) -> None:
+    """In a strip as high as one name there is room for that of the larger class."""
+    mask = np.zeros((14, 120), dtype=np.int64)
+    mask[8:] = 1
+    for names in (("background", ""), ("background", "hidden"), ("", "hidden")):
+        save_overlay(Image.new("RGB", (120, 14)), mask, names, tmp_path / f"{'-'.join(names)}.png", 0.0)
+    alone, together, other = (
+        _pixels(tmp_path / f"{name}.png") for name in ("background-", "background-hidden", "-hidden")
+    )
+    assert np.array_equal(together, alone)
+    assert not np.array_equal(together, other)

@@ -100,13 +100,14 @@ def test_a_file_of_mmengine_is_read_without_mmengine(tmp_path, monkeypatch) -> N
     """Its training files hold the optimiser, and logged numbers as objects around NumPy arrays."""
     model = _small()
     module = types.ModuleType("mmengine.logging.history_buffer")
-    HistoryBuffer = type("HistoryBuffer", (), {"__module__": module.__name__})
+    HistoryBuffer = type("HistoryBuffer", (), {"__module__": module.__name__, "mean": lambda self: 0.375})
     module.HistoryBuffer = HistoryBuffer
     for name in ("mmengine", "mmengine.logging"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     loss = HistoryBuffer()
     loss._log_history = np.array([0.5, 0.25])
+    loss._statistics_methods = {"mean": loss.mean}
     content = {
         "meta": {"iter": 160000, "dataset_meta": {"classes": ("wall", "building"), "palette": [[120, 120, 120]]}},
         "message_hub": {"log_scalars": {"train/loss": loss}, "runtime_info": {"lr": np.float64(6e-5)}},

@@ -76,7 +76,7 @@ def save_index_mask(mask: np.ndarray, count: int, path: Path) -> None:
 
 
 def save_overlay(photo: Image.Image, mask: np.ndarray, names: Sequence[str], path: Path, opacity: float = 0.55) -> None:
-    """Write the photo under its classes' colours, their borders drawn and the larger classes named, as PNG.
+    """Write the photo under its classes' colours, with borders, and names of the larger classes where there is room.
 
     Args:
         photo: RGB, of the mask's size. mask: (H, W) class indices. names: of all classes.
@@ -88,12 +88,16 @@ def save_overlay(photo: Image.Image, mask: np.ndarray, names: Sequence[str], pat
     image = Image.fromarray(blended.round().astype(np.uint8))
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=max(11, round(max(image.size) / 45)))
+    taken = np.zeros(mask.shape, dtype=bool)
     for entry in class_shares(mask, names):
-        if entry.share >= NAMED_FROM:
-            place = _kept_inside(
-                _middle(mask == entry.index), draw.textbbox((0, 0), entry.name, font, "mm"), image.size
-            )
+        if entry.share < NAMED_FROM:
+            break
+        box = draw.textbbox((0, 0), entry.name, font, "mm")
+        place = _kept_inside(_middle(mask == entry.index), box, image.size)
+        left, top, right, bottom = (max(0, round(side)) for side in draw.textbbox(place, entry.name, font, "mm"))
+        if not taken[top:bottom, left:right].any():  # a name of a larger class stays readable
             draw.text(place, entry.name, font=font, fill="white", stroke_fill="black", stroke_width=2, anchor="mm")
+            taken[top:bottom, left:right] = True
     write_aside(path, lambda aside: image.save(aside, format="PNG"))
 
 

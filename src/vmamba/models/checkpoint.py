@@ -26,8 +26,9 @@ _NESTING = ("model", "state_dict")
 _LISTED = 8  # names shown of a long list
 _KEYMAPS = (upernet_keymap, keymap)  # the first that knows the names translates them
 _CLASSIFIERS = ("head.", "decode_head.classifier.", "auxiliary_head.classifier.")
-_OUT_NORMS = ("out_norms.", "backbone.out_norms.")
-_INPUT_CONVS = ("stem.conv.weight", "stem.conv1.weight", "backbone.stem.conv.weight", "backbone.stem.conv1.weight")
+_BACKBONES = ("", "backbone.")  # where a network's own names start: alone, and in a UPerNet
+_OUT_NORMS = tuple(f"{backbone}out_norms." for backbone in _BACKBONES)
+_INPUT_CONVS = tuple(f"{backbone}stem.{conv}.weight" for backbone in _BACKBONES for conv in ("conv", "conv1"))
 
 
 class _Ignored:
@@ -40,14 +41,16 @@ class _Ignored:
         pass
 
 
-# What training scripts pickle beside the weights, and the harmless class to read it as. The settings of the official
-# classification code are a dict; mmengine's logged numbers (segmentation, detection) are objects around NumPy arrays.
+# What training scripts pickle beside the weights, and the harmless class to read it as: the settings of the official
+# classification code are a dict; mmengine's logged numbers (segmentation and detection) are objects around NumPy
+# arrays, with methods that they look up by getattr.
 _BYSTANDERS: list[tuple[Any, str]] = [
     (OrderedDict, "yacs.config.CfgNode"),
     *(
         (_Ignored, name)
         for name in (
             "mmengine.logging.history_buffer.HistoryBuffer",
+            "builtins.getattr",
             "numpy.ndarray",
             "numpy.dtype",
             *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
@@ -246,7 +249,7 @@ def file_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fit_pos_embed(loaded: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    for name in ("pos_embed", "backbone.pos_embed"):
+    for name in (f"{backbone}pos_embed" for backbone in _BACKBONES):
         theirs, ours = loaded.get(name), own.get(name)
         if theirs is not None and ours is not None and theirs.ndim == 4 and theirs.shape[:2] == ours.shape[:2]:
             return loaded | {name: resize_pos_embed(theirs, ours.shape[2:])}
