@@ -30,32 +30,31 @@ def test_every_fault_is_found_and_its_file_named(folder) -> None:
     (masks / "val" / "0.png").unlink()
     shutil.copy(masks / "val" / "1.png", masks / "val" / "stray.png")
     shutil.copy(images / "val" / "1.png", images / "val" / "1.jpg")
-    found = {finding.path.relative_to(folder).as_posix(): str(finding) for finding in check_segmentation(folder)}
+    found = {finding.file.relative_to(folder).as_posix(): finding for finding in check_segmentation(folder)}
     expected = {
-        "masks/train/0.png": "unknown label(s) 7: the 3 classes are 0 to 2, ignored is 255",
-        "masks/train/1.png": "is 18x24 pixels, its image",
-        "masks/train/2.png": "is a colour picture (RGB)",
-        "images/train/3.png": "cannot read the image",
-        "images/val/0.png": "has no mask of its name under",
-        "masks/val/stray.png": "has no image of its name under",
-        "images/val/1.png": "has the name of another file",
+        "masks/train/0.png": ("unknown label", "label(s) 7: the 3 classes are 0 to 2, ignored is 255"),
+        "masks/train/1.png": ("other size", "is 18x24 pixels, its image"),
+        "masks/train/2.png": ("unreadable mask", "is a colour picture (RGB)"),
+        "images/train/3.png": ("unreadable image", "cannot read the image"),
+        "images/val/0.png": ("no mask", "has no mask under"),
+        "masks/val/stray.png": ("no image", "has no image under"),
+        "images/val/1.png": ("same name", "has the name of another file"),
     }
     assert found.keys() == expected.keys()
-    for name, problem in expected.items():
-        assert found[name].startswith(f"{folder / name}: ")
-        assert problem in found[name]
-        assert "\n" not in found[name]
+    for name, (kind, message) in expected.items():
+        assert found[name].kind == kind
+        assert message in found[name].message
+        assert str(found[name]).startswith(f"{folder / name}: ")
+        assert "\n" not in str(found[name])
 
 
 def test_a_part_without_pairs(folder) -> None:
     for path in (folder / "masks" / "val").iterdir():
         path.unlink()
-    findings = check_segmentation(folder)
-    assert (
-        Finding(folder / "images" / "val", f"no image here has a mask of its name under {folder / 'masks' / 'val'}")
-        in findings
-    )
-    assert len(findings) == 3
+    empty, *images = check_segmentation(folder)
+    assert empty == Finding("empty part", folder / "images" / "val", empty.message)
+    assert f"under {folder / 'masks' / 'val'}" in empty.message
+    assert [finding.kind for finding in images] == ["no mask", "no mask"]
 
 
 def test_images_without_mask_are_fine_where_some_are_labelled(make_masked) -> None:
@@ -75,5 +74,5 @@ def test_the_shared_data_sets_are_whole(shared, tmp_path, pack) -> None:
     numbers[0, 0] = 200
     _overwrite(mask, numbers)
     (finding,) = check_segmentation(tmp_path)
-    assert finding.path == mask
-    assert "unknown label(s) 200" in finding.problem
+    assert finding.file == mask
+    assert "unknown label(s) 200" in finding.message

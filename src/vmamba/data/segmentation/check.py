@@ -13,13 +13,21 @@ from .sources import SegmentationSource, find_segmentation, pair_files
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with a file (or folder) of a data set; ``str`` of it is one line that names the file."""
+    """Something wrong with a data set; ``str`` of it is one line that names the file.
 
-    path: Path
-    problem: str
+    Attributes:
+        kind: what, in short: "no mask", "no image", "same name", "empty part", "unreadable image", "unreadable mask",
+            "other size", "unknown label".
+        file: the file (of an empty part, the folder) it is about.
+        message: the whole story.
+    """
+
+    kind: str
+    file: Path
+    message: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}"
+        return f"{self.file}: {self.message}"
 
 
 def check_segmentation(source: str | Path | SegmentationSource) -> list[Finding]:
@@ -37,11 +45,14 @@ def check_segmentation(source: str | Path | SegmentationSource) -> list[Finding]
     for part in source.parts.values():
         pairs = pair_files(part)
         if not pairs.images:
-            findings.append(Finding(part.images, f"no image here has a mask of its name under {part.masks}"))
-        if not source.partly_labelled:
-            findings += [Finding(path, f"has no mask of its name under {part.masks}") for path in pairs.without_mask]
-        findings += [Finding(path, f"has no image of its name under {part.images}") for path in pairs.without_image]
-        findings += [Finding(path, "has the name of another file, apart from the ending") for path in pairs.same_name]
+            message = f"no image here has a mask of its name under {part.masks}"
+            findings.append(Finding("empty part", part.images, message))
+        for kind, files, message in (
+            ("no mask", () if source.partly_labelled else pairs.without_mask, f"has no mask under {part.masks}"),
+            ("no image", pairs.without_image, f"has no image under {part.images}"),
+            ("same name", pairs.same_name, "has the name of another file, apart from the ending"),
+        ):
+            findings += [Finding(kind, file, message) for file in files]
         with ThreadPoolExecutor() as pool:
             checked = pool.map(_check_pair, pairs.images, pairs.masks, [source.labels] * len(pairs.images))
             findings += [finding for finding in checked if finding is not None]
@@ -52,10 +63,10 @@ def _check_pair(image: Path, mask: Path, labels: LabelMap) -> Finding | None:
     try:
         size = read_image(image).size
     except (OSError, ValueError) as error:
-        return Finding(image, str(error))
+        return Finding("unreadable image", image, str(error))
     try:
         raw = read_index_mask(mask)
     except (OSError, ValueError) as error:
-        return Finding(mask, str(error))
+        return Finding("unreadable mask", mask, str(error))
     problem = mask_problem(raw, labels, size, image)
-    return Finding(mask, problem) if problem else None
+    return Finding(problem[0], mask, problem[1]) if problem else None

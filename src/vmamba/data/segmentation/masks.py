@@ -86,7 +86,7 @@ class MaskedImages:
         raw = read_index_mask(self.masks[index])
         problem = mask_problem(raw, self.labels, image.size, self.images[index])
         if problem:
-            raise ValueError(f"{self.masks[index]} {problem}")
+            raise ValueError(f"{self.masks[index]} {problem[1]}")
         return image, self.labels.apply(raw)
 
     def subset(self, indices: Sequence[int]) -> MaskedImages:
@@ -95,16 +95,16 @@ class MaskedImages:
         return MaskedImages(self.classes, self.labels, images, masks)
 
 
-def mask_problem(raw: np.ndarray, labels: LabelMap, image_size: tuple[int, int], image: Path) -> str | None:
-    """What is wrong with a mask's numbers (H, W) beside an image of ``image_size`` (width, height), if anything."""
+def mask_problem(raw: np.ndarray, labels: LabelMap, image_size: tuple[int, int], image: Path) -> tuple[str, str] | None:
+    """What is wrong, in short and in full, with a mask's numbers (H, W) beside an image of (width, height)."""
     height, width = raw.shape
     if (width, height) != image_size:
-        return f"is {width}x{height} pixels, its image {image} is {image_size[0]}x{image_size[1]}"
+        return "other size", f"is {width}x{height} pixels, its image {image} is {image_size[0]}x{image_size[1]}"
     unknown = labels.unknown(raw)
     if unknown:
         shown = ", ".join(map(str, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
         ignored = ", ".join(map(str, labels.ignored)) or "none"
-        return (
+        return "unknown label", (
             f"holds the unknown label(s) {shown}: the {len(labels.values)} classes are "
             f"{min(labels.values)} to {max(labels.values)}, ignored is {ignored}"
         )
