@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vmamba import create_upernet, save_checkpoint
-from vmamba.analysis.segmentation import segment_files
+from vmamba.analysis.segmentation import evaluate_segmentation, segment_files
 from vmamba.data import read_image
-from vmamba.data.segmentation import read_index_mask, segmentation_evaluation_transform
-from vmamba.tasks import SegmentationInference, segment
+from vmamba.data.segmentation import open_segmentation, read_index_mask, segmentation_evaluation_transform
+from vmamba.tasks import SegmentationInference, SegmentationScores, segment
 
 NAMES = ("sky", "road", "car")
 
@@ -62,3 +63,37 @@ def test_what_does_not_fit_is_told_and_nothing_written(checkpoint, make_photos, 
     with pytest.raises(FileNotFoundError, match="no checkpoint file nowhere"):
         segment_files("nowhere", [photos / "a"], out)
     assert not out.exists()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two validation images with masks of three classes, of different sizes."""
+    generator = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for i, size in enumerate([(40, 60), (50, 45)]):
+            for folder, shape in (("images", (*size, 3)), ("masks", size)):
+                path = tmp_path / "data" / folder / part / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(generator.integers(0, 3, shape, dtype=np.uint8)).save(path)
+    (tmp_path / "data" / "classes.txt").write_text("sky\nroad\ncar\n")
+    return tmp_path / "data"
+
+
+def test_a_checkpoint_is_measured_image_by_image(model, checkpoint, data) -> None:
+    inference = SegmentationInference(size=(96, 64), flip=True)
+    result = evaluate_segmentation(checkpoint, data, inference=inference)
+    assert (result.part, result.images, result.classes) == ("validation", 2, NAMES)
+    expected = SegmentationScores(3, inference)
+    transform = segmentation_evaluation_transform()
+    with torch.inference_mode():
+        for image, mask in open_segmentation(data).val:
+            expected.update(model, tuple(tensor[None] for tensor in transform(image, mask)))
+    assert result.metrics == expected.compute()
+    assert [row["pixels"] for row in result.by_class] == expected.confusion().sum(1).tolist()
+    assert sum(row["pixels"] for row in result.by_class) == 40 * 60 + 50 * 45
+
+
+def test_model_and_data_must_have_the_same_classes(checkpoint, data) -> None:
+    (data / "classes.txt").write_text("a\nb\nc\nd")
+    with pytest.raises(ValueError, match="the model knows 3 classes, the data has 4"):
+        evaluate_segmentation(checkpoint, data)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from PIL import Image
 
 from vmamba import create_upernet, save_checkpoint
 from vmamba.cli import main
@@ -85,3 +88,39 @@ def test_help_has_examples(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["segment", "--help"])
     assert "  vmamba segment --checkpoint" in capsys.readouterr().out
+
+
+@pytest.fixture
+def labelled(files, tmp_path):
+    """A data set of two images to train and to validate on, and one more class than the model's masks show."""
+    for part in ("train", "val"):
+        for i in range(2):
+            for folder, mode in (("images", "RGB"), ("masks", "L")):
+                path = tmp_path / "street" / folder / part / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new(mode, (48, 40), 1 if mode == "L" else (9, 90, 200)).save(path)
+    (tmp_path / "street" / "classes.txt").write_text("sky\nroad\ncar\n")
+
+
+def test_eval_prints_a_table_by_class_and_the_means(labelled, capsys) -> None:
+    main(["eval", "c.safetensors", "--task", "segmentation", "--data", "street", "--short-side", "64", "--flip"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "c.safetensors on street (2 validation images)"
+    assert lines[2].split() == ["class", "IoU", "%", "acc.", "%", "pixels"]
+    assert [line.split()[0] for line in lines[3:6]] == ["sky", "road", "car"]
+    assert lines[4].split()[3] == "3,840"
+    assert lines[3].split()[2] == "-"
+    assert re.fullmatch(
+        r"mean IoU \d+\.\d\d %   mean accuracy \d+\.\d\d %   pixel accuracy \d+\.\d\d %   loss \d\.\d{4}", lines[7]
+    )
+
+
+def test_eval_names_a_mask_that_is_wrong(labelled, capsys) -> None:
+    Image.new("L", (48, 40), 7).save("street/masks/val/1.png")
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "c.safetensors", "--task", "segmentation", "--data", "street"])
+    assert stop.value.code == 2
+    assert "street/masks/val/1.png holds the unknown label(s) 7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", "c.safetensors", "--task", "segmentation"])
+    assert "--data" in capsys.readouterr().err

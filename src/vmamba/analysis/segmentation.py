@@ -1,4 +1,4 @@
-"""Photos segmented by a trained model, as files."""
+"""A trained segmentation model at work: measured on a labelled data set, or on photos, written as pictures."""
 
 from __future__ import annotations
 
@@ -8,15 +8,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from ..data import read_image
 from ..data.folder import IMAGE_SUFFIXES
-from ..data.segmentation import ADE20K_CLASSES, segmentation_evaluation_transform
-from ..models import upernet_from_checkpoint
-from ..tasks import SegmentationInference, segment
+from ..data.segmentation import (
+    ADE20K_CLASSES,
+    SegmentationSource,
+    TransformedMasks,
+    open_segmentation,
+    segmentation_evaluation_transform,
+)
+from ..models import UPerNet, upernet_from_checkpoint
+from ..tasks import SegmentationInference, SegmentationScores, segment
 from .segmentation_pictures import ClassShare, class_shares, save_index_mask, save_legend, save_overlay
 
-__all__ = ["Segmented", "segment_files"]
+__all__ = ["SegmentationResult", "Segmented", "evaluate_segmentation", "segment_files"]
+
+
+@dataclass(frozen=True)
+class SegmentationResult:
+    """Metrics of a checkpoint on ``images`` images: those of `SegmentationScores`, and by class, in percent."""
+
+    part: str
+    images: int
+    classes: tuple[str, ...]
+    metrics: dict[str, float]
+    by_class: tuple[dict[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -59,11 +77,7 @@ def segment_files(
     files = _image_files(images)
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must lie between 0 and 1, not {opacity}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"this machine cannot compute on device {device!r}: {str(error).splitlines()[0]}") from error
-    model = upernet_from_checkpoint(checkpoint, backbone).to(device)
+    model = _load(checkpoint, backbone, device)
     names = _names(classes, model.num_classes)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -80,6 +94,49 @@ def segment_files(
         save_legend(mask, names, paths["legend"])
         results.append(Segmented(file, **paths, classes=tuple(class_shares(mask, names))))
     return results
+
+
+def evaluate_segmentation(
+    checkpoint: str | Path,
+    data: str | Path | SegmentationSource,
+    *,
+    backbone: str | None = None,
+    inference: SegmentationInference | None = None,
+    workers: int = 0,
+    device: str = "cpu",
+) -> SegmentationResult:
+    """Measure a checkpoint on the test images of a data set, or on its validation images where it has no others.
+
+    Images are taken one by one, since their sizes differ, and compared at the size of their masks.
+
+    Args:
+        checkpoint, backbone: as `upernet_from_checkpoint`.
+        data: as `open_segmentation`.
+        inference: how images are looked at; whole and at their size by default.
+        workers: loading processes.
+
+    Raises:
+        FileNotFoundError, ValueError: checkpoint, data or device are missing or do not fit together; a file is damaged.
+    """
+    splits = open_segmentation(data)
+    part, samples = ("test", splits.test) if splits.test is not None else ("validation", splits.val)
+    model = _load(checkpoint, backbone, device)
+    if model.num_classes != len(splits.classes):
+        raise ValueError(f"the model knows {model.num_classes} classes, the data has {len(splits.classes)}")
+    scores = SegmentationScores(model.num_classes, inference)
+    loader = DataLoader(TransformedMasks(samples, segmentation_evaluation_transform()), num_workers=workers)
+    with torch.inference_mode():
+        for batch in loader:
+            scores.update(model, tuple(tensor.to(device) for tensor in batch))
+    return SegmentationResult(part, len(samples), splits.classes, scores.compute(), tuple(scores.by_class()))
+
+
+def _load(checkpoint: str | Path, backbone: str | None, device: str) -> UPerNet:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"this machine cannot compute on device {device!r}: {str(error).splitlines()[0]}") from error
+    return upernet_from_checkpoint(checkpoint, backbone).to(device)
 
 
 def _image_files(images: Sequence[str | Path]) -> list[Path]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..tasks import SegmentationInference
 
 NAME = "segment"
 HELP = "name the class of every pixel of image files"
@@ -22,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="its backbone, when it is none of `vmamba models`")
     parser.add_argument("--classes", metavar="FILE", help="class names, one a line (default: ADE20K's for 150 classes)")
     parser.add_argument("--out", default="segmented", metavar="DIR", help="where to write (default segmented/)")
+    add_inference_arguments(parser)
+    parser.add_argument("--opacity", type=float, default=0.55, help="of the colours in the overlay (default 0.55)")
+    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
+
+
+def add_inference_arguments(parser: argparse._ActionsContainer) -> None:
+    """The options that say how images are looked at."""
     parser.add_argument(
         "--short-side",
         type=int,
@@ -35,13 +46,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scales", default="1", metavar="A,B,...", help="average over scales, such as 0.5,0.75,1,1.25,1.5,1.75"
     )
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    parser.add_argument("--opacity", type=float, default=0.55, help="of the colours in the overlay (default 0.55)")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
+
+
+def inference_from(options: argparse.Namespace, antialias: bool) -> SegmentationInference:
+    """What the options of `add_inference_arguments` say."""
+    from ..tasks import SegmentationInference
+
+    return SegmentationInference(
+        size=(4 * options.short_side, options.short_side) if options.short_side else None,
+        window=(options.window, options.window) if options.window else None,
+        stride=(options.stride, options.stride) if options.stride else None,
+        ratios=_numbers(options.scales),
+        flip=options.flip,
+        antialias=antialias,
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     from ..analysis.segmentation import segment_files
-    from ..tasks import SegmentationInference
 
     results = segment_files(
         options.checkpoint,
@@ -49,13 +71,7 @@ def run(options: argparse.Namespace) -> None:
         options.out,
         backbone=options.model,
         classes=_read_names(options.classes) if options.classes else None,
-        inference=SegmentationInference(
-            size=(4 * options.short_side, options.short_side) if options.short_side else None,
-            window=(options.window, options.window) if options.window else None,
-            stride=(options.stride, options.stride) if options.stride else None,
-            ratios=_numbers(options.scales),
-            flip=options.flip,
-        ),
+        inference=inference_from(options, antialias=True),
         opacity=options.opacity,
         device=options.device,
     )
