@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from vmamba import load_checkpoint, save_checkpoint
+from vmamba import list_models, load_checkpoint, save_checkpoint
 from vmamba.data.segmentation import IGNORED
 from vmamba.tasks import Segmentation, SegmentationInference, segment
 
@@ -89,6 +89,16 @@ def test_an_encoder_of_smp_gives_our_features_and_takes_our_files(smp, classifie
     assert [tuple(f.shape[1:]) for f in theirs[:2]] == [(3, 64, 96), (0, 32, 48)]  # the image, and nothing at stride 2
     for a, b in zip(theirs[2:], ours, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_backbone_is_an_encoder_of_smp(smp, name) -> None:
+    with torch.device("meta"):
+        model = smp.Unet(f"tu-{name}", encoder_weights=None)
+    assert (
+        model.encoder.out_channels[2:]
+        == timm.create_model(name, features_only=True, device="meta").feature_info.channels()
+    )
 
 
 def test_smp_passes_options_to_our_encoders(smp) -> None:

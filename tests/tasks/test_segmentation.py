@@ -71,6 +71,16 @@ def test_metrics_equal_torchmetrics(classes, present, ignored) -> None:
         assert by_class[label]["pixels"] == int((masks == label).sum())
 
 
+def test_scores_of_several_processes_are_put_together() -> None:
+    scores, masks = _random(6, 5, 0.2)
+    together, first, second = SegmentationScores(6), SegmentationScores(6), SegmentationScores(6)
+    for gathered, part in ((together, slice(0, 3)), (first, slice(0, 1)), (second, slice(1, 3))):
+        gathered.update(Given(scores[part]), (torch.zeros(1, 3, *masks.shape[1:]), masks[part]))
+    first.merge(second)
+    assert torch.equal(first.confusion(), together.confusion())
+    assert first.compute() == pytest.approx(together.compute())
+
+
 def test_metrics_by_hand() -> None:
     masks = torch.tensor([[0, 0, 0, 1, IGNORED]])
     predicted = torch.tensor([[0, 0, 1, 3, 2]])

@@ -21,22 +21,11 @@ from torch import Tensor, nn
 from .checkpoint import file_state, load_state, read_checkpoint
 from .variants import list_models
 
-__all__ = ["BatchNorm", "FCNHead", "TimmFeatures", "UPerHead", "UPerNet", "create_upernet", "upernet_from_checkpoint"]
+__all__ = ["FCNHead", "TimmFeatures", "UPerHead", "UPerNet", "create_upernet", "upernet_from_checkpoint"]
 
 POOL_GRIDS = (1, 2, 3, 6)  # UPerNet, section 3.1; cells a side of the pooled grids
 STAGES = 4
 AUXILIARY_STAGE = 2  # the third
-
-
-class BatchNorm(nn.SyncBatchNorm):
-    """Batch normalisation whose statistics, in distributed training on GPUs, are those of all processes' images.
-
-    A process holds two to four crops in the published recipes, too few for statistics of its own. On the CPU, where
-    torch cannot synchronise, each process normalises by its own batch.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.BatchNorm2d.forward(self, x) if x.device.type == "cpu" else super().forward(x)
 
 
 class ConvNormAct(nn.Module):
@@ -45,7 +34,7 @@ class ConvNormAct(nn.Module):
     def __init__(self, in_channels: int, channels: int, kernel_size: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.norm = BatchNorm(channels)
+        self.norm = nn.BatchNorm2d(channels)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +110,9 @@ class UPerNet(nn.Module):
 
     Images (B, in_chans, H, W) become scores (B, num_classes, H, W), resized bilinearly from the grid of the first
     stage. In training mode `forward` returns a pair: these, and the scores of the auxiliary head.
+
+    Train on several GPUs with `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)`, as published: a process holds two
+    to four crops in the recipes, too few for statistics of its own. Names and checkpoints stay the same.
 
     Args:
         backbone: images -> a list of four NCHW features, finest first, with timm's `feature_info`.

@@ -74,6 +74,11 @@ class SegmentationScores:
         self._loss += float(F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum"))
         self._confusion += pixel_confusion(masks, scores.argmax(dim=1), self.classes).cpu()
 
+    def merge(self, other: SegmentationScores) -> None:
+        """Add what another process has evaluated."""
+        self._loss += other._loss
+        self._confusion += other._confusion
+
     def confusion(self) -> Tensor:
         """Counts of labelled pixels (true class, predicted class), (classes, classes) int64."""
         return self._confusion
