@@ -156,6 +156,18 @@ def test_a_classifiers_weights_start_a_backbone(tmp_path) -> None:
     assert torch.equal(model.backbone.model.stem.conv1.weight, classifier.stem.conv1.weight)
 
 
+def test_released_weights_start_a_backbone(tmp_path) -> None:
+    classifier = timm.create_model("vmamba_nano")
+    save_checkpoint(classifier, tmp_path / "release.pth", official=True)
+    overlay = {"file": str(tmp_path / "release.pth"), "custom_load": True}
+    model = create_upernet("vmamba_nano", 3, pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    own = classifier.state_dict()
+    found = model.backbone.model.state_dict()
+    assert found.keys() == {name for name in own if not name.startswith("head.")}
+    assert all(torch.equal(tensor, own[name]) for name, tensor in found.items())
+    assert set(model.backbone.out_norms) == {"0", "1", "2", "3"}
+
+
 def test_other_image_channels_and_position_embeddings_are_adapted(tmp_path) -> None:
     one = _small(pos_embed=True, img_size=32)
     save_checkpoint(one, tmp_path / "c.safetensors")

@@ -149,6 +149,11 @@ def test_smaller_images_are_smoothed_on_request() -> None:
     assert smooth.std() < 0.7 * model.images.std()
 
 
+def test_a_model_in_training_mode_is_told(upernet, image) -> None:
+    with pytest.raises(TypeError, match=r"gives a tuple, not scores alone: call model\.eval\(\)"):
+        segment(upernet.train(), image.expand(2, -1, -1, -1))
+
+
 def test_published_settings() -> None:
     assert (ADE20K_SINGLE_SCALE.size, ADE20K_SINGLE_SCALE.views) == ((2048, 512), 1)
     assert (ADE20K_MULTI_SCALE.ratios, ADE20K_MULTI_SCALE.views) == ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), 12)

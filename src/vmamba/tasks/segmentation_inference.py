@@ -85,6 +85,9 @@ def class_scores(
     Returns:
         (B, classes, *out_size) fp32: the model's scores resized, or the logarithm of mean probabilities where there
         are several views.
+
+    Raises:
+        TypeError: the model gives something else than scores, such as a `UPerNet` in training mode.
     """
     inference = inference or SegmentationInference()
     out_size = tuple(out_size or images.shape[2:])
@@ -164,7 +167,10 @@ def _padded(model: nn.Module, images: Tensor, multiple: int) -> Tensor:
     bottom, right = (max(-(-side // multiple) * multiple, MIN_SIDE) - side for side in (height, width))
     if bottom or right:
         images = F.pad(images, (0, right, 0, bottom))
-    return model(images).float()[..., :height, :width]
+    scores = model(images)
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"the model gives a {type(scores).__name__}, not scores alone: call model.eval() first")
+    return scores.float()[..., :height, :width]
 
 
 def _resize(x: Tensor, size: tuple[int, int], antialias: bool = False) -> Tensor:
