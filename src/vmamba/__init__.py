@@ -2,27 +2,33 @@
 
 from .models import (
     FeatureGetter,
+    UPerNet,
     VMamba,
     VMambaConfig,
     convert,
+    create_upernet,
     from_official,
     list_models,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
+    upernet_from_checkpoint,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FeatureGetter",
+    "UPerNet",
     "VMamba",
     "VMambaConfig",
     "__version__",
     "convert",
+    "create_upernet",
     "from_official",
     "list_models",
     "load_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
+    "upernet_from_checkpoint",
 ]

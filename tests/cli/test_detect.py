@@ -95,6 +95,7 @@ def test_mistakes_are_one_line(weights, make_coco, capsys, tmp_path) -> None:
     assert "no such image: nothing.png" in _fails(["detect", "nothing.png", "--checkpoint", weights], capsys)
     assert "no checkpoint file none.pth" in _fails(["detect", str(images), "--checkpoint", "none.pth"], capsys)
     assert "--threshold must lie in [0, 1), not 1.0" in _fails([*command, "--threshold", "1"], capsys)
+    assert "cannot compute on device 'tpu9'" in _fails([*command, "--device", "tpu9"], capsys)
     contents["categories"].append({"id": 5, "name": "third"})
     file.write_text(json.dumps(contents))
     assert "3 categories, but the detector knows 2" in _fails([*command, "--categories", str(file)], capsys)

@@ -1,17 +1,19 @@
 """Figures about networks and operators, measured and drawn."""
 
+from .complexity import Complexity, detector_macs, measure_complexity
 from .detection_pictures import draw_detections
-from .detector_flops import detector_macs
 from .operator_speed import OperatorReport, OperatorSettings, measure_operator
 from .throughput import ModelReport, ModelSettings, measure_models
 
 __all__ = [
+    "Complexity",
     "ModelReport",
     "ModelSettings",
     "OperatorReport",
     "OperatorSettings",
     "detector_macs",
     "draw_detections",
+    "measure_complexity",
     "measure_models",
     "measure_operator",
 ]

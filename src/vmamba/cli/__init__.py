@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, convert, detect, evaluate, models, predict, train
+from . import bench, convert, detect, evaluate, models, predict, segment, train
 
-COMMANDS = (train, evaluate, predict, detect, models, convert, bench)
+COMMANDS = (train, evaluate, predict, detect, segment, models, convert, bench)
 
 # what a user can put right: told in one line, without a traceback
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from .._devices import check_device
     from .._files import write_aside, write_text
     from ..analysis import draw_detections
     from ..data import list_images, read_image
@@ -42,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
 
     if not 0 <= options.threshold < 1:
         raise ValueError(f"--threshold must lie in [0, 1), not {options.threshold}")
+    check_device(options.device)
     files = list_images(options.images)
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.overwrite:

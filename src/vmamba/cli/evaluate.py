@@ -1,8 +1,10 @@
-"""Top-1, top-5 and loss of a trained model on labelled images."""
+"""A trained model measured on labelled images: top-1, top-5 and loss, or of a segmentation model mean IoU."""
 
 from __future__ import annotations
 
 import argparse
+
+from .segment import add_inference_arguments, inference_from
 
 NAME = "eval"
 HELP = "measure a trained model on a labelled data set"
@@ -10,20 +12,32 @@ EXAMPLES = """examples:
   vmamba eval runs/digits-vmamba_nano
   vmamba eval runs/flowers-vmamba_micro --data more_flowers/
   vmamba eval vssm1_tiny_0230s_ckpt_epoch_264.pth --model vmamba_tiny_s1l8 --data imagenet/
+  vmamba eval upernet.pth --task segmentation --data ADEChallengeData2016/
+  vmamba eval upernet.pth --task segmentation --data ADEChallengeData2016/ \\
+      --short-side 0 --scales 0.5,0.75,1,1.25,1.5,1.75 --flip
 
 Without --data: the data the run was trained on (its test images, or its validation images where it has no others)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="run directory or checkpoint file")
-    parser.add_argument("--data", metavar="FOLDER", help='image folder with test/, val/ or class folders, or "digits"')
+    parser.add_argument("--task", choices=("classification", "segmentation"), default="classification")
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help='image folder with test/, val/ or class folders, or "digits"; for segmentation, images and masks',
+    )
     parser.add_argument("--model", metavar="NAME", help="which model the file is of, when it does not say so itself")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loading processes")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
+    add_inference_arguments(parser.add_argument_group("segmentation"))
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.task == "segmentation":
+        _segmentation(options)
+        return
     from ..training import evaluate_checkpoint
 
     result = evaluate_checkpoint(
@@ -47,3 +61,32 @@ def run(options: argparse.Namespace) -> None:
     print(f"{result.checkpoint} on {result.data}")
     for row in (names, values):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def _segmentation(options: argparse.Namespace) -> None:
+    from ..analysis.segmentation import evaluate_segmentation
+
+    if options.data is None:
+        raise ValueError("name the images and masks to measure on with --data")
+    result = evaluate_segmentation(
+        options.checkpoint,
+        options.data,
+        backbone=options.model,
+        inference=inference_from(options, antialias=False),  # as published
+        workers=options.workers,
+        device=options.device,
+    )
+    print(f"{options.checkpoint} on {options.data} ({result.images} {result.part} images)\n")
+    width = max(len("class"), *map(len, result.classes))
+    print(f"{'class':<{width}}  {'IoU %':>7}  {'acc. %':>7}  {'pixels':>12}")
+    for name, row in zip(result.classes, result.by_class, strict=True):
+        print(f"{name:<{width}}  {_percent(row['iou'])}  {_percent(row['accuracy'])}  {row['pixels']:>12,}")
+    metrics = result.metrics
+    print(
+        f"\nmean IoU {metrics['miou']:.2f} %   mean accuracy {metrics['macc']:.2f} %   "
+        f"pixel accuracy {metrics['accuracy']:.2f} %   loss {metrics['loss']:.4f}"
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{value:>7.2f}" if value == value else f"{'-':>7}"  # NaN: the class does not occur

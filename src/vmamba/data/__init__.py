@@ -4,7 +4,6 @@ from .coco import (
     Category,
     CocoAnnotations,
     CocoDataset,
-    Finding,
     check_detection,
     coco_categories,
     decode_segmentation,
@@ -20,6 +19,7 @@ from .detection import (
     detection_evaluation_transform,
     detection_training_transform,
 )
+from .findings import Finding
 from .folder import image_folder, list_images, read_image, stratified_split
 from .loading import evaluation_loader, training_loader
 from .sources import Splits, open_labelled, open_source

@@ -22,13 +22,13 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from .._extras import require
+from .findings import Finding
 from .folder import read_image
 
 __all__ = [
     "Category",
     "CocoAnnotations",
     "CocoDataset",
-    "Finding",
     "check_detection",
     "coco_categories",
     "decode_segmentation",
@@ -47,28 +47,6 @@ class Category(NamedTuple):
 
     id: int
     name: str
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong with an image or an annotation.
-
-    Attributes:
-        kind: what, in short: "no image file", "unreadable image", "other image size", "duplicate image id", "duplicate
-            annotation id", "unknown image", "unknown category", "degenerate box", "outside the image", "beyond the
-            image", "no segmentation", "bad segmentation", "empty mask", "incomplete entry".
-        file: the image where it is about that, else the JSON.
-        id: of the image or annotation; None where it has none.
-        message: the whole story, without file and id.
-    """
-
-    kind: str
-    file: Path
-    id: int | None
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -309,27 +287,27 @@ def _image_findings(
     number, name = entry.get("id"), entry.get("file_name")
     if not _is_id(number) or not isinstance(name, str):
         message = f"an image needs an integer id and a file_name, got {_short(entry)}"
-        yield Finding("incomplete entry", file, None, message)
+        yield Finding("incomplete entry", file, message)
         return
     if number in sizes:
-        yield Finding("duplicate image id", file, number, f"two images of id {number}, the second is {name}")
+        yield Finding("duplicate image id", file, f"two images of id {number}, the second is {name}", number)
         return
     path = folder / name
     stated = (entry.get("height"), entry.get("width"))
     if all(isinstance(side, int) and side > 0 for side in stated):
         sizes[number] = stated
     if not path.is_file():
-        yield Finding("no image file", path, number, f"image {number} is not there")
+        yield Finding("no image file", path, f"image {number} is not there", number)
         return
     try:
         with Image.open(path) as image:
             size = (image.height, image.width)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        yield Finding("unreadable image", path, number, f"image {number} cannot be read: {error}")
+        yield Finding("unreadable image", path, f"image {number} cannot be read: {error}", number)
         return
     if number in sizes and sizes[number] != size:
         message = f"image {number} is {size} pixels high and wide, {file.name} says {stated}"
-        yield Finding("other image size", path, number, message)
+        yield Finding("other image size", path, message, number)
     sizes[number] = size
 
 
@@ -345,7 +323,7 @@ def _annotation_findings(
     number = entry.get("id")
 
     def finding(kind: str, message: str) -> Finding:
-        return Finding(kind, file, number if _is_id(number) else None, f"annotation {number}: {message}")
+        return Finding(kind, file, f"annotation {number}: {message}", number if _is_id(number) else None)
 
     if not _is_id(number):
         yield finding("incomplete entry", f"an annotation needs an integer id, got {_short(entry)}")

@@ -3,17 +3,21 @@
 from .checkpoint import convert, load_checkpoint, read_checkpoint, save_checkpoint
 from .config import VMambaConfig
 from .official import from_official
+from .upernet import UPerNet, create_upernet, upernet_from_checkpoint
 from .variants import list_models
 from .vmamba import FeatureGetter, VMamba
 
 __all__ = [
     "FeatureGetter",
+    "UPerNet",
     "VMamba",
     "VMambaConfig",
     "convert",
+    "create_upernet",
     "from_official",
     "list_models",
     "load_checkpoint",
     "read_checkpoint",
     "save_checkpoint",
+    "upernet_from_checkpoint",
 ]

@@ -16,7 +16,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .._files import write_aside
-from . import detector_keymap, keymap
+from . import detector_keymap, keymap, upernet_keymap
 from .vmamba import FeatureGetter, resize_pos_embed
 
 __all__ = ["checkpoint_filter_fn", "convert", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
@@ -24,9 +24,19 @@ __all__ = ["checkpoint_filter_fn", "convert", "load_checkpoint", "read_checkpoin
 # Where training scripts nest the weights. Released official files keep theirs under "model", EMA weights included.
 _NESTING = ("model", "state_dict")
 _LISTED = 8  # names shown of a long list
-_KEYMAPS = (detector_keymap, keymap)  # the first that knows the names translates them
-_CLASSIFIERS = ("head.", "roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
-_BACKBONES = ("", "backbone.body.")  # where a network's own names start: alone, and in a detector
+_KEYMAPS = (detector_keymap, upernet_keymap, keymap)  # the first that knows the names translates them
+_CLASSIFIERS = (
+    "head.",
+    "decode_head.classifier.",
+    "auxiliary_head.classifier.",
+    "roi_heads.box_predictor.",
+    "roi_heads.mask_predictor.mask_fcn_logits.",
+)
+_BACKBONES = (
+    "",
+    "backbone.",
+    "backbone.body.",
+)  # where a network's own names start: alone, in a UPerNet, in a detector
 _OUT_NORMS = tuple(f"{backbone}out_norms." for backbone in _BACKBONES)
 _INPUT_CONVS = tuple(f"{backbone}stem.{conv}.weight" for backbone in _BACKBONES for conv in ("conv", "conv1"))
 
@@ -97,12 +107,12 @@ def load_checkpoint(
     adapt_input: bool = False,
     new_out_norms: bool = False,
 ) -> None:
-    """Load a file's weights into a VMamba, a backbone made of one, or a detector: all of them, or none and an error.
+    """Load a file's weights into a VMamba, a backbone, a UPerNet or a detector: all of them, or none and an error.
 
     A position embedding for another image size is resized (bicubic).
 
     Args:
-        model: a `VMamba`, `FeatureGetter` or `MaskRCNN`.
+        model: a `VMamba`, `FeatureGetter`, `UPerNet` or `MaskRCNN`.
         path, key: as in `read_checkpoint`.
         new_head: where the classifier differs from the file's (another number of classes, none here, none there), keep
             the model's own.
@@ -115,7 +125,20 @@ def load_checkpoint(
         ValueError: if the file does not fit the model, listing names and shapes. The model is unchanged then.
     """
     loaded = read_checkpoint(path, key=key)
-    own = _file_state(model)
+    load_state(model, loaded, path, new_head=new_head, adapt_input=adapt_input, new_out_norms=new_out_norms)
+
+
+def load_state(
+    model: nn.Module,
+    loaded: dict[str, Tensor],
+    path: str | os.PathLike,
+    *,
+    new_head: bool = False,
+    adapt_input: bool = False,
+    new_out_norms: bool = False,
+) -> None:
+    """`load_checkpoint` for what `read_checkpoint` has read of `path`."""
+    own = file_state(model)
     loaded = _fit_pos_embed(loaded, own)
     if new_head:
         loaded = _keep_own(loaded, own, _CLASSIFIERS)
@@ -143,7 +166,7 @@ def save_checkpoint(
         OSError: if it cannot be written, naming the file.
     """
     if isinstance(model, nn.Module):
-        state = _file_state(model)
+        state = file_state(model)
     else:
         state = dict(model)
     if official:
@@ -170,7 +193,7 @@ def convert(
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """For timm's own loading: unwraps, maps official names, resizes the position embedding. Strictness is timm's."""
     state = _to_our_names(_unwrap(state_dict, "the checkpoint", None))
-    return _fit_pos_embed(state, _file_state(model))
+    return _fit_pos_embed(state, file_state(model))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -221,10 +244,10 @@ def _to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             return names.state_to_ours(state)
         if names.is_ours(state):
             return state
-    raise ValueError(f"these are no weights of a VMamba or of a detector: {_listed(state)}")
+    raise ValueError(f"these are no weights of a VMamba, a UPerNet or a detector: {_listed(state)}")
 
 
-def _file_state(model: nn.Module) -> dict[str, Tensor]:
+def file_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state, in its order, under the names that files have: without the wrapper around a backbone."""
     state = model.state_dict()
     for name, module in model.named_modules():

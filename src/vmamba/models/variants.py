@@ -6,16 +6,19 @@ https://github.com/MzeroMiko/VMamba.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 
-from .checkpoint import checkpoint_filter_fn
+from .checkpoint import checkpoint_filter_fn, file_state
 from .vmamba import FeatureGetter, VMamba
 
-__all__ = ["list_models"]  # register_model adds the entry points
+__all__ = ["list_models", "recognise_backbone"]  # register_model adds the entry points
 
 _RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
 
@@ -89,6 +92,20 @@ default_cfgs = generate_default_cfgs(
 def list_models() -> list[str]:
     """Names of the models that `timm.create_model` knows through this package."""
     return sorted(default_cfgs)
+
+
+def recognise_backbone(state: Mapping[str, Tensor], prefix: str, path: str | os.PathLike) -> str:
+    """Which model's backbone has the parameters (names and shapes) that a state dict has under `prefix`; all differ.
+
+    Raises:
+        ValueError: none; names the file at `path`, which the state is from, and the models.
+    """
+    shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in state.items() if name.startswith(prefix)}
+    for name in list_models():
+        backbone = timm.create_model(name, features_only=True, out_norm=True, device="meta")
+        if shapes == {key: tensor.shape for key, tensor in file_state(backbone).items()}:
+            return name
+    raise ValueError(f"the backbone in {path} is none of {', '.join(list_models())}: name the one it is (timm's name)")
 
 
 def _create(variant: str, pretrained: bool, architecture: dict[str, Any], options: dict[str, Any]) -> nn.Module:

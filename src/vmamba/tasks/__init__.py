@@ -12,24 +12,41 @@ from .average_precision import (
 from .classification import Classification, ClassificationScores, confusion_matrix, top_k_hits
 from .detection import Detection, DetectionScores, detect
 from .optimisation import make_optimizer, warmup_cosine
+from .segmentation import Segmentation, SegmentationScores, class_accuracy, class_iou
+from .segmentation_inference import (
+    ADE20K_MULTI_SCALE,
+    ADE20K_SINGLE_SCALE,
+    SegmentationInference,
+    class_scores,
+    segment,
+)
 from .task import Scores, Task
 
 __all__ = [
+    "ADE20K_MULTI_SCALE",
+    "ADE20K_SINGLE_SCALE",
     "AveragePrecision",
     "Classification",
     "ClassificationScores",
     "Detection",
     "DetectionScores",
     "Scores",
+    "Segmentation",
+    "SegmentationInference",
+    "SegmentationScores",
     "Task",
     "as_coco",
     "average_precision",
     "box_results",
+    "class_accuracy",
+    "class_iou",
+    "class_scores",
     "confusion_matrix",
     "detect",
     "make_optimizer",
     "mask_results",
     "read_results",
+    "segment",
     "top_k_hits",
     "warmup_cosine",
     "write_results",

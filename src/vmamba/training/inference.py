@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ..data import evaluation_loader, evaluation_transform, open_labelled, open_source, read_image
-from ..data.folder import IMAGE_SUFFIXES
+from .._devices import check_device
+from ..data import evaluation_loader, evaluation_transform, list_images, open_labelled, open_source, read_image
 from ..data.sources import DIGITS, Samples
 from ..tasks import Classification
 from .checkpoints import About, checkpoint_file, load_trained
@@ -51,7 +49,7 @@ def evaluate_checkpoint(
     Raises:
         FileNotFoundError, ValueError: checkpoint, data or device are missing or do not fit together.
     """
-    _check_device(device)
+    check_device(device)
     path = checkpoint_file(checkpoint)
     model, about = load_trained(path, model_name)
     description, samples = _labelled_samples(about, data)
@@ -76,8 +74,8 @@ def predict_files(
     Raises:
         FileNotFoundError, ValueError: checkpoint, device or an image are missing or damaged.
     """
-    _check_device(device)
-    files = _image_files(images)
+    check_device(device)
+    files = list_images(images)
     path = checkpoint_file(checkpoint)
     model, about = load_trained(path, model_name)
     ranked = predict(model, about.preprocessing, files, top_k=top_k, device=device)
@@ -124,27 +122,5 @@ def _labelled_samples(about: About, data: str | None) -> tuple[str, Samples]:
     return f"{source} (validation images)", splits.val
 
 
-def _image_files(images: Sequence[str | Path]) -> list[Path]:
-    files: list[Path] = []
-    for image in map(Path, images):
-        if image.is_dir():
-            inside = sorted(p for p in image.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise ValueError(f"the folder {image} holds no images")
-            files += inside
-        elif image.is_file():
-            files.append(image)
-        else:
-            raise FileNotFoundError(f"no such image: {image}")
-    return files
-
-
 def _short(name: str, length: int = 24) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"this machine cannot compute on device {device!r}: {str(error).splitlines()[0]}") from error

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
-import timm
-import torch
-from torch import Tensor
-
-from ..checkpoint import load_checkpoint, read_checkpoint
+from ..checkpoint import load_state, read_checkpoint
 from ..detector_keymap import is_ours
-from ..variants import list_models
+from ..variants import recognise_backbone
 from .mask_rcnn import MaskRCNN, mask_rcnn
 
 __all__ = ["load_detector"]
-
-_BODY = "backbone.body."
 
 
 def load_detector(file: str | os.PathLike, backbone: str | None = None, **options: Any) -> MaskRCNN:
@@ -43,17 +36,6 @@ def load_detector(file: str | os.PathLike, backbone: str | None = None, **option
         "channels": len(state["rpn.head.cls_logits.weight"][0]),
         "masks": any(name.startswith("roi_heads.mask_head.") for name in state),
     }
-    detector = mask_rcnn(backbone or _recognised(state, file), **(made | options))
-    load_checkpoint(detector, file)
+    detector = mask_rcnn(backbone or recognise_backbone(state, "backbone.body.", file), **(made | options))
+    load_state(detector, state, file)
     return detector.eval()
-
-
-def _recognised(state: Mapping[str, Tensor], file: str | os.PathLike) -> str:
-    """The named VMamba whose parameters have these names and shapes."""
-    shapes = {name.removeprefix(_BODY): t.shape for name, t in state.items() if name.startswith(_BODY)}
-    for name in list_models():
-        with torch.device("meta"):
-            body = timm.create_model(name, features_only=True, out_norm=True)
-        if {key.removeprefix("model."): tensor.shape for key, tensor in body.state_dict().items()} == shapes:
-            return name
-    raise ValueError(f"the backbone in {file} is none of {', '.join(list_models())}: name it (timm's name)")

@@ -1,0 +1,137 @@
+"""Semantic segmentation: cross-entropy with an auxiliary head, mean intersection over union, accuracy by class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.segmentation import IGNORED
+from .classification import confusion_matrix
+from .segmentation_inference import SegmentationInference, class_scores
+
+__all__ = [
+    "Segmentation",
+    "SegmentationScores",
+    "class_accuracy",
+    "class_iou",
+    "pixel_confusion",
+    "pixel_cross_entropy",
+]
+
+Batch = tuple[Tensor, Tensor]
+
+
+def pixel_cross_entropy(scores: Tensor, masks: Tensor) -> Tensor:
+    """Mean cross-entropy over the labelled pixels; 0 where there are none.
+
+    Args:
+        scores: (B, classes, h, w); resized bilinearly where the masks have another size.
+        masks: (B, H, W) int64, `IGNORED` (255) for no label.
+    """
+    if scores.shape[2:] != masks.shape[1:]:
+        scores = F.interpolate(scores, size=masks.shape[1:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(scores.float(), masks, ignore_index=IGNORED, reduction="sum")
+    return total / (masks != IGNORED).sum().clamp(min=1)
+
+
+def pixel_confusion(masks: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Counts of labelled pixels (true class, predicted class), (classes, classes) int64, from two equal shapes."""
+    labelled = masks != IGNORED
+    return confusion_matrix(masks[labelled], predicted[labelled], classes)
+
+
+def class_iou(confusion: Tensor) -> Tensor:
+    """Intersection over union of every class, (classes,) fp64; NaN for one neither labelled nor predicted."""
+    hits = confusion.diagonal().double()
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+
+
+def class_accuracy(confusion: Tensor) -> Tensor:
+    """Share of every class's pixels that were recognised, (classes,) fp64; NaN for one without any."""
+    return confusion.diagonal().double() / confusion.sum(1)
+
+
+class SegmentationScores:
+    """Loss, mean IoU, mean accuracy and pixel accuracy in percent, and the confusion matrix behind them.
+
+    A mean is over the classes that occur: labelled or predicted for IoU, labelled for accuracy. The loss is the mean
+    over all labelled pixels of all images.
+    """
+
+    def __init__(self, classes: int, inference: SegmentationInference | None = None) -> None:
+        self.classes = classes
+        self.inference = inference
+        self._loss = 0.0
+        self._confusion = torch.zeros(classes, classes, dtype=torch.int64)
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """Add images (B, 3, H, W) with masks (B, H', W') int64: scores are compared at the masks' size."""
+        images, masks = batch
+        scores = class_scores(model, images, self.inference, masks.shape[1:])
+        self._loss += float(F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum"))
+        self._confusion += pixel_confusion(masks, scores.argmax(dim=1), self.classes).cpu()
+
+    def merge(self, other: SegmentationScores) -> None:
+        """Add what another process has evaluated."""
+        self._loss += other._loss
+        self._confusion += other._confusion
+
+    def confusion(self) -> Tensor:
+        """Counts of labelled pixels (true class, predicted class), (classes, classes) int64."""
+        return self._confusion
+
+    def compute(self) -> dict[str, float]:
+        """``{"loss", "miou", "macc", "accuracy"}``. ValueError when no labelled pixel was added."""
+        pixels = int(self._confusion.sum())
+        if not pixels:
+            raise ValueError("no labelled pixel was evaluated")
+        return {
+            "loss": self._loss / pixels,
+            "miou": 100 * float(class_iou(self._confusion).nanmean()),
+            "macc": 100 * float(class_accuracy(self._confusion).nanmean()),
+            "accuracy": 100 * int(self._confusion.trace()) / pixels,
+        }
+
+    def by_class(self) -> list[dict[str, float]]:
+        """For every class ``{"iou", "accuracy", "pixels"}``: percent, NaN where it does not occur; labelled pixels."""
+        columns = (100 * class_iou(self._confusion), 100 * class_accuracy(self._confusion), self._confusion.sum(1))
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [dict(zip(("iou", "accuracy", "pixels"), row, strict=True)) for row in rows]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The task, for ``classes`` classes.
+
+    The model gives scores (B, classes, h, w), or in training a pair with those of an auxiliary head, whose loss counts
+    ``auxiliary_weight``. ``inference``: how images are looked at in evaluation.
+
+    Raises:
+        ValueError: fewer than two classes or a negative weight.
+    """
+
+    classes: int
+    auxiliary_weight: float = 0.4
+    inference: SegmentationInference | None = None
+    metric: str = field(default="miou", init=False)
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise ValueError(f"segmentation needs at least two classes, not {self.classes}")
+        if self.auxiliary_weight < 0:
+            raise ValueError(f"auxiliary_weight must not be negative, not {self.auxiliary_weight}")
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy of both heads; images (B, 3, H, W), masks (B, H, W) int64."""
+        images, masks = batch
+        scores = model(images)
+        if isinstance(scores, Tensor):
+            return pixel_cross_entropy(scores, masks)
+        main, auxiliary = scores
+        return pixel_cross_entropy(main, masks) + self.auxiliary_weight * pixel_cross_entropy(auxiliary, masks)
+
+    def scores(self) -> SegmentationScores:
+        return SegmentationScores(self.classes, self.inference)
