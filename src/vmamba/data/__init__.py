@@ -1,8 +1,9 @@
 """Datasets, transforms and loaders."""
 
 from .constants import IMAGENET_MEAN, IMAGENET_STD
-from .folder import image_folder, read_image, stratified_split
+from .folder import image_folder, stratified_split
 from .loading import evaluation_loader, training_loader
+from .reading import Samples, read_image
 from .sources import Splits, open_labelled, open_source
 from .transforms import Augmentation, Preprocessing, evaluation_transform, training_transform
 
@@ -11,6 +12,7 @@ __all__ = [
     "IMAGENET_STD",
     "Augmentation",
     "Preprocessing",
+    "Samples",
     "Splits",
     "evaluation_loader",
     "evaluation_transform",

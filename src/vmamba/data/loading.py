@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .sources import Samples
+from .reading import Samples
 from .transforms import Transform
 
 # separate streams of one seed, so that no two uses draw the same numbers

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..data import evaluation_loader, evaluation_transform, open_labelled, open_source, read_image
-from ..data.folder import IMAGE_SUFFIXES
+from ..data.reading import IMAGE_SUFFIXES
 from ..data.sources import DIGITS, Samples
 from ..tasks import Classification
 from .checkpoints import About, checkpoint_file, load_trained
