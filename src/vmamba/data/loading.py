@@ -13,7 +13,7 @@ from .reading import Samples
 from .transforms import Transform
 
 # separate streams of one seed, so that no two uses draw the same numbers
-ORDER_STREAM, SAMPLE_STREAM, STEP_STREAM = 0, 1, 2
+ORDER_STREAM, SAMPLE_STREAM, STEP_STREAM, BATCH_STREAM, NOISE_STREAM = range(5)
 
 
 def derive_seed(seed: int, *stream: int) -> int:
