@@ -7,7 +7,7 @@ from PIL import Image
 
 from vmamba.data import Augmentation, Preprocessing, evaluation_loader, evaluation_transform, memory, open_source
 from vmamba.data.loading import EpochOrder
-from vmamba.data.memory import decode, evaluation_batches_in_memory, training_batches_in_memory
+from vmamba.data.memory import check_room, decode, evaluation_batches_in_memory, training_batches_in_memory
 
 PREPROCESSING = Preprocessing((32, 32))
 RECIPE = Augmentation(rand_augment="rand-m9-mstd0.5-inc1", random_erase=0.25)
@@ -129,9 +129,12 @@ def test_evaluation_equals_the_loaders(samples):
 
 def test_too_large_for_the_memory(samples, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 100_000)
-    with pytest.raises(MemoryError, match=r"22 decoded images of up to 36 x 50 px need 0\.0 GB.*data\.memory_size"):
+    with pytest.raises(ValueError, match=r"22 decoded images of up to 36 x 50 px need 0\.0 GB.*data\.memory_size"):
         decode(samples)
     assert len(decode(samples, longest=20)) == 22
+    check_room([samples, samples], Preprocessing((20, 20)), longest=20)
+    with pytest.raises(ValueError, match="44 decoded images of up to 18 x 20 px"):
+        check_room([samples, samples], PREPROCESSING, longest=20)
 
 
 def test_free_memory_is_within_a_containers_limit(tmp_path, monkeypatch):

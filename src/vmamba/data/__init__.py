@@ -1,5 +1,6 @@
 """Datasets, transforms and loaders."""
 
+from .batches import check_batches, evaluation_batches, training_batches
 from .constants import IMAGENET_MEAN, IMAGENET_STD
 from .folder import image_folder, stratified_split
 from .loading import evaluation_loader, training_loader
@@ -14,6 +15,8 @@ __all__ = [
     "Preprocessing",
     "Samples",
     "Splits",
+    "check_batches",
+    "evaluation_batches",
     "evaluation_loader",
     "evaluation_transform",
     "image_folder",
@@ -21,6 +24,7 @@ __all__ = [
     "open_source",
     "read_image",
     "stratified_split",
+    "training_batches",
     "training_loader",
     "training_transform",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,10 @@ def decode(samples: Samples, longest: int | None = None) -> ImagesInMemory:
     """All ``samples`` decoded, for training. Images longer than ``longest`` pixels are reduced to that (bicubic).
 
     Raises:
-        MemoryError: they need more than 80 % of the memory that is free; nothing was decoded then.
-        ValueError: an image is damaged; names it.
+        ValueError: they need more than 80 % of the memory that is free (nothing was decoded then), or an image is
+            damaged; names it.
     """
-    with ThreadPoolExecutor() as pool:
-        sizes = list(pool.map(lambda i: _reduced(image_size(samples, i), longest), range(len(samples))))
-    heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+    heights, widths = _sizes(samples, longest)
 
     def reduce(image: Image.Image) -> np.ndarray:
         height, width = _reduced((image.height, image.width), longest)
@@ -60,8 +59,7 @@ def decode(samples: Samples, longest: int | None = None) -> ImagesInMemory:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1)
 
-    box = int(heights.max(initial=0)), int(widths.max(initial=0))
-    return _filled(samples, heights, widths, box, reduce, "set data.memory_size to a smaller size, or ")
+    return _filled(samples, heights, widths, (int(heights.max()), int(widths.max())), reduce)
 
 
 def decode_for_evaluation(samples: Samples, preprocessing: Preprocessing) -> ImagesInMemory:
@@ -72,7 +70,20 @@ def decode_for_evaluation(samples: Samples, preprocessing: Preprocessing) -> Ima
     transform = evaluation_transform(preprocessing, normalize=False)
     box = preprocessing.image_size
     sizes = (np.full(len(samples), side, dtype=np.int64) for side in box)
-    return _filled(samples, *sizes, box, lambda image: transform(image).numpy(), "")
+    return _filled(samples, *sizes, box, lambda image: transform(image).numpy())
+
+
+def check_room(parts: Sequence[Samples], preprocessing: Preprocessing, longest: int | None = None) -> None:
+    """Whether all of ``parts``, the first for training and the others for evaluation, fit into memory together.
+
+    Raises:
+        ValueError: they need more than 80 % of the memory that is free, or an image is unreadable; names it.
+    """
+    train, *others = parts
+    heights, widths = _sizes(train, longest)
+    needed = len(train) * 3 * int(heights.max()) * int(widths.max())
+    needed += sum(len(part) for part in others) * 3 * math.prod(preprocessing.image_size)
+    _refuse_too_much(needed, sum(map(len, parts)), int(heights.max()), int(widths.max()))
 
 
 class MemoryTrainingBatches:
@@ -173,7 +184,7 @@ def training_batches_in_memory(
     """What :func:`~.loading.training_loader` gives, from memory; ``sampler`` None is an :class:`~.loading.EpochOrder`.
 
     Raises:
-        MemoryError, ValueError: see :func:`decode` and :class:`~.batch_augmentation.BatchAugmentation`.
+        ValueError: see :func:`decode` and :class:`~.batch_augmentation.BatchAugmentation`.
     """
     augment = BatchAugmentation(preprocessing, augmentation, seed=seed, device=torch.device(device))
     return MemoryTrainingBatches(
@@ -190,7 +201,7 @@ def evaluation_batches_in_memory(
     """What :func:`~.loading.evaluation_loader` gives, from memory.
 
     Raises:
-        MemoryError, ValueError: see :func:`decode`.
+        ValueError: see :func:`decode`.
     """
     images = decode_for_evaluation(samples, preprocessing)
     return MemoryEvaluationBatches(images, preprocessing, batch_size=batch_size, device=device)
@@ -216,20 +227,31 @@ def _reduced(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
     return height, width
 
 
+def _sizes(samples: Samples, longest: int | None) -> np.ndarray:
+    """Heights and widths of the reduced images, (2, n) int64, from their headers."""
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(lambda i: _reduced(image_size(samples, i), longest), range(len(samples))))
+    return np.array(sizes, dtype=np.int64).T
+
+
+def _refuse_too_much(needed: int, images: int, height: int, width: int) -> None:
+    free = free_memory()
+    if needed > HOST_SHARE * free:
+        raise ValueError(
+            f"{images} decoded images of up to {height} x {width} px need {needed / 1e9:.1f} GB, and of the "
+            f"{free / 1e9:.1f} GB of free memory at most {HOST_SHARE:.0%} may be used: set data.memory_size to a "
+            f"smaller size, or data.in_memory=false"
+        )
+
+
 def _filled(
     samples: Samples,
     heights: np.ndarray,
     widths: np.ndarray,
     box: tuple[int, int],
     pixels_of: Callable[[Image.Image], np.ndarray],
-    remedy: str,
 ) -> ImagesInMemory:
-    needed, free = len(samples) * 3 * box[0] * box[1], free_memory()
-    if needed > HOST_SHARE * free:
-        raise MemoryError(
-            f"{len(samples)} decoded images of up to {box[0]} x {box[1]} px need {needed / 1e9:.1f} GB, and of the "
-            f"{free / 1e9:.1f} GB of free memory at most {HOST_SHARE:.0%} may be used: {remedy}set data.in_memory=false"
-        )
+    _refuse_too_much(len(samples) * 3 * math.prod(box), len(samples), *box)
     pixels = np.zeros((len(samples), 3, *box), dtype=np.uint8)
 
     def fill(index: int) -> None:
