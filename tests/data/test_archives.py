@@ -67,6 +67,22 @@ def test_several_archives_are_one_tree(make_photos, tmp_path):
     same(both.val, open_it(whole).val)
 
 
+def test_shards_in_the_folders_of_splits(make_photos, tmp_path):
+    root = tmp_path / "shards"
+    for split in ("train", "val"):
+        (root / split).mkdir(parents=True)
+        packed(make_photos(split, {"cat": 2, "dog": 2}), root / split / "0.tar", ".tar")
+    splits = open_it(root)
+    assert (splits.classes, len(splits.train), len(splits.val)) == (("cat", "dog"), 4, 4)
+
+
+def test_an_archive_beside_class_folders_is_none_of_the_data(make_photos, tmp_path):
+    root = make_photos("photos", {"cat": 4, "dog": 4})
+    packed(root, tmp_path / "copy.zip")
+    (tmp_path / "copy.zip").rename(root / "copy.zip")
+    assert open_it(root).train.name(0).endswith("photos/cat/0.png")
+
+
 def test_an_archive_without_splits_is_split(make_photos, tmp_path):
     splits = open_it(packed(make_photos("photos", {"cat": 8, "dog": 4}), tmp_path / "photos.zip"))
     assert (len(splits.train), len(splits.val), splits.test) == (9, 3, None)

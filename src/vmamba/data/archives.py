@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from .folder import class_folders
 from .reading import IMAGE_SUFFIXES, decode_image, refuse_empty_classes
 
 ARCHIVE_SUFFIXES = frozenset({".zip", ".tar"})
@@ -81,11 +82,15 @@ class Members:
 
 
 def archives_of(source: Path) -> tuple[Path, ...]:
-    """The archives that ``source`` is or holds, sorted: itself, or those in the folder and one level below it."""
+    """The archives that ``source`` is or consists of, sorted: itself, those in its ``train``, ``val`` and ``test``, or
+    those in a folder that has no sub-folders. (An archive that lies beside class folders is none of the data.)
+    """
     if source.is_file():
         return (source,) if source.suffix.lower() in ARCHIVE_SUFFIXES else ()
-    found = [*source.glob("*"), *source.glob("*/*")]
-    return tuple(sorted(p for p in found if p.suffix.lower() in ARCHIVE_SUFFIXES and p.is_file()))
+    found = [path for split in SPLITS for path in source.glob(f"{split}/*")]
+    if not any(_is_archive(path) for path in found) and not class_folders(source):
+        found = list(source.iterdir())
+    return tuple(sorted(path for path in found if _is_archive(path)))
 
 
 def open_archives(source: Path) -> tuple[dict[str, Members], str | None]:
@@ -185,6 +190,10 @@ def _list_tar(path: Path) -> _Listing:
                 raise ValueError(f"{path}: {entry.name} has no file {_key(entry.name)}.cls beside it to say its class")
             entry.shard_class = shard_classes[_key(entry.name)]
     return listing
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix.lower() in ARCHIVE_SUFFIXES and path.is_file()
 
 
 def _is_image(path: PurePosixPath) -> bool:

@@ -104,33 +104,15 @@ def open_labelled(source: str, classes: tuple[str, ...], on_unreadable: str = "e
 
 
 def list_parts(source: str) -> tuple[dict[str, Samples], str | None]:
-    """What ``source`` holds by split ("train", "val", "test"; "" where there are no splits), no image opened yet.
+    """What ``source`` holds by split ("", for images in none, "train", "val", "test"), no image opened yet.
 
     The second result is the text of its ``classes.txt``, None where it has none.
 
     Raises:
         FileNotFoundError, ValueError: there is no such source, or it is of no kind that :func:`open_source` knows.
     """
-    if source == DIGITS:
-        return _digits(), None
-    if source.startswith(hub.PREFIX):
-        return dict(hub.open_hub(source)), None
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"no such data folder: {source}")
-    archives = archives_of(path)
-    if path.is_file() and not archives:
-        raise ValueError(f"{source} is no folder of images and no zip or tar file")
-    if len(archives) == 1 and archives[0].suffix.lower() == ".zip" and _holds_mosaics(archives[0]):
-        return dict(load_mosaic(archives[0])), None
-    if archives:
-        return open_archives(path)
-    names = class_folders(path)
-    listing = path / "classes.txt"
-    text = listing.read_text(encoding="utf-8") if listing.is_file() else None
-    # a class may be called "val", but then its folder holds images
-    parts = [name for name in SPLITS if name in names and (name == "train" or class_folders(path / name))]
-    return {name: list_folder(path / name if name else path) for name in parts or [WHOLE]}, text
+    parts, text = _list(source)
+    return {name: parts[name] for name in (WHOLE, *SPLITS) if name in parts}, text
 
 
 def class_difference(parts: Mapping[str, Samples]) -> str | None:
@@ -144,6 +126,29 @@ def class_difference(parts: Mapping[str, Samples]) -> str | None:
                 f"only in {name}: {sorted(set(samples.classes) - set(reference.classes))}"
             )
     return None
+
+
+def _list(source: str) -> tuple[Mapping[str, Samples], str | None]:
+    if source == DIGITS:
+        return _digits(), None
+    if source.startswith(hub.PREFIX):
+        return hub.open_hub(source), None
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"no such data folder: {source}")
+    archives = archives_of(path)
+    if path.is_file() and not archives:
+        raise ValueError(f"{source} is no folder of images and no zip or tar file")
+    if len(archives) == 1 and archives[0].suffix.lower() == ".zip" and _holds_mosaics(archives[0]):
+        return load_mosaic(archives[0]), None
+    if archives:
+        return open_archives(path)
+    names = class_folders(path)
+    listing = path / "classes.txt"
+    text = listing.read_text(encoding="utf-8") if listing.is_file() else None
+    # a class may be called "val", but then its folder holds images
+    parts = [name for name in SPLITS if name in names and (name == "train" or class_folders(path / name))]
+    return {name: list_folder(path / name if name else path) for name in parts or [WHOLE]}, text
 
 
 def _digits() -> dict[str, Arrays]:
