@@ -36,15 +36,17 @@ def test_rate_leaves_the_start_out_and_runs_over_epochs():
 def test_a_gpu_that_waits_for_processes():
     slow, fast = LoadingSpeed(2, "cpu", 1000.0), LoadingSpeed(8, "cpu", 4400.0)
     assert not slow.keeps_busy(4000)
-    assert slow.share_of_time(4000) == pytest.approx(0.75)
+    assert slow.lost(4000) == pytest.approx(0.75)
     assert fast.keeps_busy(4000)
-    assert fast.share_of_time(4000) == 0
+    assert fast.lost(4000) == 0
+    assert fast.keeps_busy(5000)
+    assert not fast.keeps_busy(5300)
     assert workers_needed([LoadingSpeed(0, "cpu", 700.0), slow, fast], 10_000) == 19
     assert workers_needed([LoadingSpeed(None, "cuda", 700.0)], 10_000) is None
 
 
 def test_a_gpu_that_makes_its_own_batches():
     made = LoadingSpeed(None, "cuda", 96_000.0)
-    assert made.share_of_time(4000) == pytest.approx(0.04)
-    assert made.keeps_busy(4000)
-    assert not made.keeps_busy(8000)
+    assert made.lost(4000) == pytest.approx(0.04)
+    assert made.keeps_busy(16_000)
+    assert not made.keeps_busy(18_000)

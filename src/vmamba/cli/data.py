@@ -124,7 +124,7 @@ def _bench(options: argparse.Namespace) -> dict:
         {
             **vars(speed),
             "keeps_busy": None if needed is None else speed.keeps_busy(needed),
-            "share_of_gpu_time_lost": None if needed is None else speed.share_of_time(needed),
+            "share_of_gpu_time_lost": None if needed is None else speed.lost(needed),
         }
         for speed in speeds
     ]
@@ -182,7 +182,7 @@ def _print_speeds(speeds: list[LoadingSpeed], needed: float | None) -> None:
     count = workers_needed(speeds, needed)
     if count is None:
         remedy = "load with processes (data.in_memory=false)"
-        print(f": {remedy}" if speeds[0].makes_its_own else f": make the batches on it (run.device=cuda), or {remedy}")
+        print(f": {remedy}" if speeds[0].takes_turns else f": make the batches on it (run.device=cuda), or {remedy}")
     else:
         print(
             f": about {count} processes would do, each on a core of its own ({_cores()} here); or keep the images in "
@@ -191,9 +191,9 @@ def _print_speeds(speeds: list[LoadingSpeed], needed: float | None) -> None:
 
 
 def _wait(speed: LoadingSpeed, needed: float) -> str:
-    share = speed.share_of_time(needed)
-    if speed.makes_its_own:
-        return f"  spends {100 * share:.1f} % of its time on them"
+    share = speed.lost(needed)
+    if speed.takes_turns:
+        return f"  spends at most {100 * share:.1f} % of its time on them"
     return f"  waits {100 * share:.0f} % of the time" if share else "  never waits"
 
 

@@ -243,5 +243,5 @@ def _jitter(images: Tensor, factors: Tensor) -> Tensor:
     # a mean over many pixels in half precision would lose them
     mean = (images.mean(dim=(2, 3), dtype=torch.float32) * luma.float()).sum(dim=1).to(images.dtype)
     images.lerp_(mean.reshape(-1, 1, 1, 1), 1 - contrast).clamp_(0, 255)
-    gray = torch.einsum("bchw,c->bhw", images, luma)[:, None]
+    gray = (images * luma.reshape(1, 3, 1, 1)).sum(dim=1, keepdim=True)
     return images.lerp_(gray.expand_as(images), 1 - saturation).clamp_(0, 255)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-# the largest share of a GPU's time that making its own batches may take before it is worth a remark
-SMALL_SHARE = 0.05
+# a GPU counts as busy when it trains for at least this share of its time
+BUSY = 0.85
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,24 @@ class LoadingSpeed:
     device: str
     images_per_second: float
 
-    def keeps_busy(self, needed: float) -> bool:
-        """Whether a GPU that trains ``needed`` images a second gets them in time."""
-        if self.makes_its_own:
-            return self.share_of_time(needed) <= SMALL_SHARE
-        return self.images_per_second >= needed
-
     @property
-    def makes_its_own(self) -> bool:
-        """Whether the GPU that trains makes the batches, so that the two take turns."""
+    def takes_turns(self) -> bool:
+        """Whether the GPU that trains makes the batches, too, so that it does either the one or the other."""
         return self.workers is None and self.device != "cpu"
 
-    def share_of_time(self, needed: float) -> float:
-        """The part of its time in which a GPU that trains ``needed`` images a second would not train, 0 to 1."""
-        if self.makes_its_own:
+    def lost(self, needed: float) -> float:
+        """The part of its time in which a GPU that trains ``needed`` images a second would not train, 0 to 1.
+
+        Where the GPU makes the batches this is the most it can be: a part of what is measured is the CPU's work of
+        starting kernels, which goes on while the GPU trains.
+        """
+        if self.takes_turns:
             return needed / (needed + self.images_per_second)
         return max(0.0, 1 - self.images_per_second / needed)
+
+    def keeps_busy(self, needed: float) -> bool:
+        """Whether a GPU that trains ``needed`` images a second would do so for 85 % of its time or more."""
+        return self.lost(needed) <= 1 - BUSY
 
 
 def workers_needed(speeds: Iterable[LoadingSpeed], needed: float) -> int | None:
@@ -56,12 +58,12 @@ def measure_loading(batches: Any, *, seconds: float, warm_up: int) -> float:
     for _ in range(max(1, warm_up)):
         images, _ = next(endless)
     _finish(images)
-    taken, start, passed = 0, time.perf_counter(), 0.0
-    while passed < seconds:
+    taken, start = 0, time.perf_counter()
+    while not taken or time.perf_counter() - start < seconds:
         images, _ = next(endless)
         taken += len(images)
-        _finish(images)  # kernels are queued faster than they run, and the queue is not what is asked for
-        passed = time.perf_counter() - start
+    _finish(images)  # kernels are queued faster than they run
+    passed = time.perf_counter() - start
     endless.close()
     return taken / passed
 
