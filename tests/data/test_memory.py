@@ -95,26 +95,21 @@ def test_goes_on_where_it_stopped(samples, stop):
     assert state == {"epoch": 1, "batches": stop}
     resumed = training(samples)
     resumed.load_state_dict(state)
-    if stop < len(resumed):
-        assert same(epoch_of(resumed, 1), wanted[1][stop:])
-    # the next epoch is whole, and so is one after an epoch that was over
+    assert same(epoch_of(resumed, 1), wanted[1][stop:])
     assert same(epoch_of(resumed, 2), wanted[2])
 
 
-def test_a_sampler_of_ones_own(samples):
-    class Half(EpochOrder):
-        def __len__(self):
-            return 11
-
-        def __iter__(self):
-            return iter(list(super().__iter__())[::2])
-
-    half = training(samples, batch_size=11, sampler=Half(22, 0))
-    ((images, labels),) = list(half)
-    wanted = training(samples, batch_size=22)
-    all_images, all_labels = next(iter(wanted))
-    assert torch.equal(labels, all_labels[::2])
-    torch.testing.assert_close(images, all_images[::2], rtol=0, atol=1e-5)
+def test_two_processes_share_what_one_has(samples):
+    (images, labels), *_ = epoch_of(training(samples, batch_size=10), 1)
+    for rank in range(2):
+        share = training(samples, batch_size=5, rank=rank, world=2)
+        assert len(share) == 2
+        (some, their_labels), _ = epoch_of(share, 1)
+        assert torch.equal(their_labels, labels[rank::2])
+        torch.testing.assert_close(some, images[rank::2], rtol=0, atol=1e-5)
+    whole = list(evaluation_batches_in_memory(samples, PREPROCESSING, batch_size=22, device="cpu"))
+    second = list(evaluation_batches_in_memory(samples, PREPROCESSING, batch_size=22, device="cpu", rank=1, world=2))
+    assert torch.equal(second[0][0], whole[0][0][1::2])
 
 
 def test_evaluation_equals_the_loaders(samples):
@@ -129,10 +124,12 @@ def test_evaluation_equals_the_loaders(samples):
 
 def test_too_large_for_the_memory(samples, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 100_000)
-    with pytest.raises(ValueError, match=r"22 decoded images of up to 36 x 50 px need 0\.0 GB.*data\.memory_size"):
+    with pytest.raises(ValueError, match=r"22 decoded images of up to 36 x 50 px need 0\.1 MB.*data\.memory_size"):
         decode(samples)
     assert len(decode(samples, longest=20)) == 22
     check_room([samples, samples], Preprocessing((20, 20)), longest=20)
+    with pytest.raises(ValueError, match="need 0.1 MB"):
+        check_room([samples, samples], Preprocessing((20, 20)), longest=20, processes=3)
     with pytest.raises(ValueError, match="44 decoded images of up to 18 x 20 px"):
         check_room([samples, samples], PREPROCESSING, longest=20)
 

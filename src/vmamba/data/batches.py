@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import DataLoader
 
-from .loading import evaluation_loader, training_loader
+from .loading import ResumableLoader, evaluation_loader, training_loader
 from .memory import (
     MemoryEvaluationBatches,
     MemoryTrainingBatches,
@@ -25,8 +25,11 @@ def check_batches(
     *,
     in_memory: bool = False,
     longest: int | None = None,
+    processes: int = 1,
 ) -> None:
-    """Find out before anything starts what would make the functions below fail; ``parts[0]`` is trained on.
+    """Find out before anything starts what would make the functions below fail.
+
+    ``parts[0]`` is trained on, the others are evaluated on; ``processes`` do so on this machine.
 
     Raises:
         ValueError: the augmentation is none, or cannot be done in batches, or there is too little memory.
@@ -35,7 +38,7 @@ def check_batches(
     if in_memory:
         if augmentation.rand_augment:
             Policy.parse(augmentation.rand_augment)
-        check_room(parts, preprocessing, longest)
+        check_room(parts, preprocessing, longest, processes)
 
 
 def training_batches(
@@ -49,24 +52,21 @@ def training_batches(
     in_memory: bool = False,
     longest: int | None = None,
     device: str | torch.device = "cpu",
-) -> DataLoader | MemoryTrainingBatches:
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+) -> ResumableLoader | MemoryTrainingBatches:
     """Shuffled, augmented batches: images (B, 3, h, w) float32, labels (B,) int64.
 
     From ``workers`` processes, on the CPU; or, with ``in_memory``, decoded once (reduced to ``longest`` pixels) and
-    augmented on ``device``.
+    augmented on ``device``. ``rank``, ``world`` and ``accumulate``: see :func:`~.loading.epoch_order`.
     """
+    share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world": world, "accumulate": accumulate}
     if in_memory:
         return training_batches_in_memory(
-            samples,
-            preprocessing,
-            augmentation,
-            batch_size=batch_size,
-            seed=seed,
-            device=_augmenting(device),
-            longest=longest,
+            samples, preprocessing, augmentation, device=_augmenting(device), longest=longest, **share
         )
-    transform = training_transform(preprocessing, augmentation)
-    return training_loader(samples, transform, batch_size=batch_size, workers=workers, seed=seed)
+    return training_loader(samples, training_transform(preprocessing, augmentation), workers=workers, **share)
 
 
 def evaluation_batches(
@@ -77,12 +77,17 @@ def evaluation_batches(
     workers: int = 0,
     in_memory: bool = False,
     device: str | torch.device = "cpu",
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader | MemoryEvaluationBatches:
-    """All samples in their order, through the evaluation transform; the same pixels from processes and from memory."""
+    """All samples in their order, through the evaluation transform; the same pixels from processes and from memory.
+
+    Of several processes (``world``) each has every ``world``-th sample.
+    """
+    share = {"batch_size": batch_size, "rank": rank, "world": world}
     if in_memory:
-        return evaluation_batches_in_memory(samples, preprocessing, batch_size=batch_size, device=_augmenting(device))
-    transform = evaluation_transform(preprocessing)
-    return evaluation_loader(samples, transform, batch_size=batch_size, workers=workers)
+        return evaluation_batches_in_memory(samples, preprocessing, device=_augmenting(device), **share)
+    return evaluation_loader(samples, evaluation_transform(preprocessing), workers=workers, **share)
 
 
 def _augmenting(device: str | torch.device) -> torch.device:

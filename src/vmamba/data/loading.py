@@ -60,6 +60,18 @@ class EpochOrder(Sampler[tuple[int, int]]):
         return ((self.epoch, int(index)) for index in share[self.skip :])
 
 
+def epoch_order(
+    images: int, *, batch_size: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1
+) -> EpochOrder:
+    """The order of so many images for batches of ``batch_size`` in process ``rank`` of ``world``.
+
+    A step is ``accumulate`` batches of every process. Images that do not fill a step are left out of the epoch, unless
+    they are all there are.
+    """
+    step = batch_size * world * accumulate
+    return EpochOrder(images, seed, rank=rank, world=world, used=images // step * step or images)
+
+
 class TrainingImages(Dataset):
     """Augmented samples, taken by (epoch, index).
 
@@ -137,17 +149,13 @@ def training_loader(
     world: int = 1,
     accumulate: int = 1,
 ) -> ResumableLoader:
-    """Shuffled batches of ``batch_size`` images for process ``rank`` of ``world``.
-
-    A step is ``accumulate`` batches of every process. Images that do not fill a step are left out of the epoch, unless
-    they are all there are.
-    """
-    step = batch_size * world * accumulate
-    used = len(samples) // step * step or len(samples)
+    """Shuffled batches of ``batch_size`` images for process ``rank`` of ``world``; see :func:`epoch_order`."""
     return ResumableLoader(
         TrainingImages(samples, transform, seed),
         batch_size=batch_size,
-        sampler=EpochOrder(len(samples), seed, rank=rank, world=world, used=used),
+        sampler=epoch_order(
+            len(samples), batch_size=batch_size, seed=seed, rank=rank, world=world, accumulate=accumulate
+        ),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

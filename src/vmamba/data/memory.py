@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from .batch_augmentation import BatchAugmentation
-from .loading import EpochOrder
+from .loading import EpochOrder, epoch_order
 from .reading import Samples, image_size
 from .transforms import Augmentation, Preprocessing, evaluation_transform
 
@@ -73,15 +72,19 @@ def decode_for_evaluation(samples: Samples, preprocessing: Preprocessing) -> Ima
     return _filled(samples, *sizes, box, lambda image: transform(image).numpy())
 
 
-def check_room(parts: Sequence[Samples], preprocessing: Preprocessing, longest: int | None = None) -> None:
-    """Whether all of ``parts``, the first for training and the others for evaluation, fit into memory together.
+def check_room(
+    parts: Sequence[Samples], preprocessing: Preprocessing, longest: int | None = None, processes: int = 1
+) -> None:
+    """Whether ``parts``, the first for training and the others for evaluation, fit into memory together.
+
+    Each of the ``processes`` on this machine keeps all training images, and its share of the others.
 
     Raises:
         ValueError: they need more than 80 % of the memory that is free, or an image is unreadable; names it.
     """
     train, *others = parts
     heights, widths = _sizes(train, longest)
-    needed = len(train) * 3 * int(heights.max()) * int(widths.max())
+    needed = processes * len(train) * 3 * int(heights.max()) * int(widths.max())
     needed += sum(len(part) for part in others) * 3 * math.prod(preprocessing.image_size)
     _refuse_too_much(needed, sum(map(len, parts)), int(heights.max()), int(widths.max()))
 
@@ -89,23 +92,18 @@ def check_room(parts: Sequence[Samples], preprocessing: Preprocessing, longest: 
 class MemoryTrainingBatches:
     """Shuffled, augmented batches of images in memory, in the place of a data loader.
 
-    Iterating gives (images (B, 3, h, w) float32 in channels-last layout, labels (B,) int64) on ``device``. The ragged
-    last batch is left out, unless it is the only one. A batch follows from seed, epoch and position alone. The state
-    is the position: loaded while the same epoch is set, it makes the next iteration go on there.
+    Iterating gives (images (B, 3, h, w) float32 in channels-last layout, labels (B,) int64) on the device of
+    ``augmentation``. A batch follows from seed, epoch and position alone. The state is the position, as that of
+    :class:`~.loading.ResumableLoader`.
 
     Args:
         images: decoded images; they stay on the GPU where they take at most 40 % of its free memory.
         augmentation: what happens to them; its device is where batches are made.
-        sampler: gives (epoch, index) pairs and takes ``set_epoch``.
+        sampler: says which images, in what order.
     """
 
     def __init__(
-        self,
-        images: ImagesInMemory,
-        augmentation: BatchAugmentation,
-        *,
-        batch_size: int,
-        sampler: Sampler[tuple[int, int]],
+        self, images: ImagesInMemory, augmentation: BatchAugmentation, *, batch_size: int, sampler: EpochOrder
     ) -> None:
         self.images = images
         self.augmentation = augmentation
@@ -113,11 +111,10 @@ class MemoryTrainingBatches:
         self.sampler = sampler
         self.device = augmentation.device
         self._pixels, self._labels = (_settled(part, self.device) for part in (images.pixels, images.labels))
-        self._position = (0, 0)
-        self._go_on_at = (0, 0)
+        self._given = 0
 
     def __len__(self) -> int:
-        return max(1, len(self.sampler) // self.batch_size)
+        return -(-len(self.sampler) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives."""
@@ -125,20 +122,19 @@ class MemoryTrainingBatches:
 
     def state_dict(self) -> dict[str, int]:
         """The epoch begun last and how many of its batches were given out."""
-        return dict(zip(("epoch", "batches"), self._position, strict=True))
+        return {"epoch": self.sampler.epoch, "batches": self._given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._go_on_at = (state["epoch"], state["batches"])
+        self.sampler.set_epoch(state["epoch"])
+        self.sampler.skip = state["batches"] * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # a generator: the sampler is asked at the first batch, when the epoch is set
+        self._given = self.sampler.skip // self.batch_size
         order = iter(self.sampler)
-        for batch in range(len(self)):
-            pairs = list(itertools.islice(order, self.batch_size))
+        while pairs := list(itertools.islice(order, self.batch_size)):
+            self._given += 1
             epoch = pairs[0][0]
-            # an epoch that is over is not gone on with but followed by the next
-            if epoch == self._go_on_at[0] and batch < self._go_on_at[1] < len(self):
-                continue
-            self._position = (epoch, batch + 1)
             yield self._batch(epoch, np.array([index for _, index in pairs], dtype=np.int64))
 
     def _batch(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -179,31 +175,35 @@ def training_batches_in_memory(
     seed: int,
     device: str | torch.device,
     longest: int | None = None,
-    sampler: Sampler[tuple[int, int]] | None = None,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
 ) -> MemoryTrainingBatches:
-    """What :func:`~.loading.training_loader` gives, from memory; ``sampler`` None is an :class:`~.loading.EpochOrder`.
+    """What :func:`~.loading.training_loader` gives, from memory.
 
     Raises:
         ValueError: see :func:`decode` and :class:`~.batch_augmentation.BatchAugmentation`.
     """
     augment = BatchAugmentation(preprocessing, augmentation, seed=seed, device=torch.device(device))
-    return MemoryTrainingBatches(
-        decode(samples, longest),
-        augment,
-        batch_size=batch_size,
-        sampler=EpochOrder(len(samples), seed) if sampler is None else sampler,
-    )
+    sampler = epoch_order(len(samples), batch_size=batch_size, seed=seed, rank=rank, world=world, accumulate=accumulate)
+    return MemoryTrainingBatches(decode(samples, longest), augment, batch_size=batch_size, sampler=sampler)
 
 
 def evaluation_batches_in_memory(
-    samples: Samples, preprocessing: Preprocessing, *, batch_size: int, device: str | torch.device
+    samples: Samples,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    device: str | torch.device,
+    rank: int = 0,
+    world: int = 1,
 ) -> MemoryEvaluationBatches:
     """What :func:`~.loading.evaluation_loader` gives, from memory.
 
     Raises:
         ValueError: see :func:`decode`.
     """
-    images = decode_for_evaluation(samples, preprocessing)
+    images = decode_for_evaluation(samples.subset(range(rank, len(samples), world)), preprocessing)
     return MemoryEvaluationBatches(images, preprocessing, batch_size=batch_size, device=device)
 
 
@@ -238,10 +238,15 @@ def _refuse_too_much(needed: int, images: int, height: int, width: int) -> None:
     free = free_memory()
     if needed > HOST_SHARE * free:
         raise ValueError(
-            f"{images} decoded images of up to {height} x {width} px need {needed / 1e9:.1f} GB, and of the "
-            f"{free / 1e9:.1f} GB of free memory at most {HOST_SHARE:.0%} may be used: set data.memory_size to a "
+            f"{images} decoded images of up to {height} x {width} px need {_readable(needed)}, and of the "
+            f"{_readable(free)} of free memory at most {HOST_SHARE:.0%} may be used: set data.memory_size to a "
             f"smaller size, or data.in_memory=false"
         )
+
+
+def _readable(count: int) -> str:
+    """A number of bytes in words."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _filled(
