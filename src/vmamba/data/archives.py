@@ -34,7 +34,7 @@ _ZIP_HEADER = struct.Struct("<8xH16xHH")
 _STORED, _DEFLATED = 0, 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Members:
     """Images in archives. Member ``i`` lies in ``archives[of[i]]``, a zip or tar file, under ``names[i]``.
 

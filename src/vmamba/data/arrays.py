@@ -20,7 +20,7 @@ TILES_A_ROW = 25
 MOSAIC = re.compile(r"(train|val|test)/(\d+)_([^/]+)\.\w+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arrays:
     """Grey images (n, H, W) or RGB ones (n, H, W, 3), uint8, with labels; item ``i`` is (RGB image, label)."""
 

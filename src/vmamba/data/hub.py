@@ -17,7 +17,7 @@ PREFIX = "hfds/"
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HubImages:
     """Rows ``rows`` of a data set behind timm's reader; item ``i`` is (RGB image, label)."""
 

@@ -273,7 +273,7 @@ def _sample_images(samples: Samples, run_dir: Path) -> tuple[Path, ...]:
     """A few image files to try ``vmamba predict`` on; images that are no files yet are written into the run."""
     chosen = _spread(range(len(samples)), min(SAMPLE_IMAGES, len(samples)))
     if isinstance(samples, Files):
-        return tuple(samples.paths[i] for i in chosen)
+        return tuple(samples.path(i) for i in chosen)
     folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
     paths = []
