@@ -82,6 +82,7 @@ class BatchAugmentation:
         self._fill = (255 * mean).round().to(self.device)
         # half precision holds a grey value to 1/8 and has 16 times the arithmetic; CPUs have none of that
         self._dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self._luma = torch.tensor([0.299, 0.587, 0.114], dtype=self._dtype).reshape(1, 3, 1, 1).to(self.device)
         self._noise: Tensor | None = None
         if augmentation.random_erase:
             generator = torch.Generator().manual_seed(derive_seed(seed, NOISE_STREAM))
@@ -131,7 +132,7 @@ class BatchAugmentation:
             for operation, argument in draws.layers:
                 rand_augment.apply(cropped, operation, argument, self._fill, self._to_device)
         elif draws.jitter is not None:
-            cropped = _jitter(cropped.clamp_(0, 255), self._to_device(draws.jitter.astype(np.float32)))
+            cropped = _jitter(cropped.clamp_(0, 255), self._to_device(draws.jitter.astype(np.float32)), self._luma)
         else:
             cropped.clamp_(0, 255)
         out = torch.empty(cropped.shape, dtype=torch.float32, device=self.device, memory_format=torch.channels_last)
@@ -235,13 +236,12 @@ def _first(fits: np.ndarray, *values: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.take_along_axis(value, chosen, axis=1)[:, 0] for value in values)
 
 
-def _jitter(images: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast, saturation: grey values (B, 3, H, W), 0 to 255, times and between; in place."""
+def _jitter(images: Tensor, factors: Tensor, luma: Tensor) -> Tensor:
+    """Brightness, contrast and saturation of grey values (B, 3, H, W), 0 to 255, by ``factors`` (B, 3); in place."""
     brightness, contrast, saturation = (factor.to(images.dtype).reshape(-1, 1, 1, 1) for factor in factors.unbind(1))
-    luma = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype, device=images.device)
     images.mul_(brightness).clamp_(0, 255)
     # a mean over many pixels in half precision would lose them
-    mean = (images.mean(dim=(2, 3), dtype=torch.float32) * luma.float()).sum(dim=1).to(images.dtype)
-    images.lerp_(mean.reshape(-1, 1, 1, 1), 1 - contrast).clamp_(0, 255)
-    gray = (images * luma.reshape(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    mean = (images.mean(dim=(2, 3), keepdim=True, dtype=torch.float32) * luma).sum(dim=1, keepdim=True)
+    images.lerp_(mean.to(images.dtype), 1 - contrast).clamp_(0, 255)
+    gray = (images * luma).sum(dim=1, keepdim=True)
     return images.lerp_(gray.expand_as(images), 1 - saturation).clamp_(0, 255)
