@@ -136,7 +136,7 @@ class BatchAugmentation:
         else:
             cropped.clamp_(0, 255)
         out = torch.empty(cropped.shape, dtype=torch.float32, device=self.device, memory_format=torch.channels_last)
-        torch.addcmul(self._shift, cropped.to(torch.float32), self._scale, out=out)
+        torch.addcmul(self._shift, cropped, self._scale, out=out)
         erased = np.flatnonzero(draws.erase[:, 2])
         if len(erased):
             self._erase(out, erased, draws)
