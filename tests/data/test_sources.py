@@ -1,5 +1,6 @@
 """Data sources by name: their splits, and what does not fit together."""
 
+import numpy as np
 import pytest
 
 from vmamba.data import open_labelled, open_source
@@ -49,13 +50,31 @@ def test_train_and_val_with_different_classes(make_photos):
         open_it(root)
 
 
-def test_train_without_val(make_photos):
-    with pytest.raises(ValueError, match="no folder val"):
-        open_it(make_photos("photos", {"train/cat": 1, "train/dog": 1}))
+def test_without_val_a_part_of_train_is_held_out(make_photos):
+    splits = open_it(make_photos("photos", {"train/cat": 8, "train/dog": 4, "test/cat": 1, "test/dog": 2}))
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (9, 3, 3)
+    assert all("train" in path.parts for path in splits.val.paths)
+
+
+def test_parts_without_train(make_photos):
+    with pytest.raises(ValueError, match="must have a part train, or no parts at all; found val, test"):
+        open_it(make_photos("photos", {"val/cat": 1, "val/dog": 1, "test/cat": 1, "test/dog": 1}))
+
+
+def test_a_class_may_be_called_val(make_photos):
+    assert open_it(make_photos("photos", {"val": 4, "ohm": 4})).classes == ("ohm", "val")
+
+
+def test_neither_folder_nor_archive(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such data folder: nowhere"):
+        open_it("nowhere")
+    (tmp_path / "photos.rar").write_bytes(b"Rar!")
+    with pytest.raises(ValueError, match=r"photos\.rar is no folder of images and no zip or tar file"):
+        open_it(tmp_path / "photos.rar")
 
 
 def test_single_class(make_photos):
-    with pytest.raises(ValueError, match="at least two class folders"):
+    with pytest.raises(ValueError, match="one class only .cat.: classification needs at least two"):
         open_it(make_photos("photos", {"cat": 3}))
 
 
@@ -77,17 +96,23 @@ def test_labels_of_an_evaluation_folder_follow_the_model(make_photos):
 
 
 def test_digits_for_a_model_of_something_else():
-    with pytest.raises(ValueError, match="other classes than the digits"):
+    with pytest.raises(ValueError, match="holds classes the model was not trained on: 0, 1"):
         open_labelled("digits", ("cat", "dog"))
 
 
-def test_imagenette_is_read(shared, tmp_path):
-    import zipfile
+def test_imagenette_is_read_from_its_zip_files(shared):
+    splits = open_it(shared / "data" / "imagenette160")
+    assert (len(splits.train), len(splits.val), splits.test) == (9469, 3925, None)
+    assert splits.display_names[:2] == ("tench", "English springer")
+    image, label = splits.train[9468]
+    assert (image.mode, image.size, label) == ("RGB", (160, 160), 9)
+    assert open_labelled(str(shared / "data" / "imagenette160"), splits.classes).labels == splits.val.labels
 
-    with zipfile.ZipFile(shared / "data" / "imagenette160" / "imagenette160_val.zip") as archive:
-        names = [name for name in archive.namelist() if name.endswith(".webp")][::130]
-        archive.extractall(tmp_path, ["classes.txt", *names])
-    splits = open_source(str(tmp_path / "val"), val_fraction=0.3, split_seed=0, on_unreadable="skip")
-    assert len(splits.classes) == 10
-    assert len(splits.train) + len(splits.val) == len(names)
-    assert splits.train[0][0].size == (160, 160)
+
+def test_cifar10_is_read_from_its_zip_file(shared):
+    splits = open_it(shared / "data" / "cifar10")
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (37500, 12500, 10000)
+    assert " ".join(splits.display_names) == "airplane automobile bird cat deer dog frog horse ship truck"
+    # the known statistics of the training images, within what the packing lost
+    mean = np.concatenate([splits.train.images, splits.val.images]).mean(axis=(0, 1, 2)) / 255
+    np.testing.assert_allclose(mean, (0.4914, 0.4822, 0.4465), atol=0.002)

@@ -8,16 +8,19 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, convert, detect, evaluate, models, predict, segment, train
+from . import bench, convert, data, detect, evaluate, models, predict, segment, train
 
-COMMANDS = (train, evaluate, predict, detect, segment, models, convert, bench)
+COMMANDS = (train, evaluate, predict, detect, segment, models, convert, bench, data)
 
 # what a user can put right: told in one line, without a traceback
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 (`bench`: wrong results), 2 after a user's mistake, 130 if interrupted."""
+    """Run the command line; exits with 0, 2 after a user's mistake, 130 if interrupted.
+
+    And with 1 where `bench` found wrong results, or `data check` bad data.
+    """
     options = _parser().parse_args(arguments)
     try:
         options.run(options)

@@ -11,6 +11,7 @@ HELP = "measure a trained model on a labelled data set"
 EXAMPLES = """examples:
   vmamba eval runs/digits-vmamba_nano
   vmamba eval runs/flowers-vmamba_micro --data more_flowers/
+  vmamba eval runs/flowers-vmamba_micro --image-size 128 --crop-pct 1.0
   vmamba eval vssm1_tiny_0230s_ckpt_epoch_264.pth --model vmamba_tiny_s1l8 --data imagenet/
   vmamba eval upernet.pth --task segmentation --data ADEChallengeData2016/
   vmamba eval upernet.pth --task segmentation --data ADEChallengeData2016/ \\
@@ -24,13 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=("classification", "segmentation"), default="classification")
     parser.add_argument(
         "--data",
-        metavar="FOLDER",
-        help='image folder with test/, val/ or class folders, or "digits"; for segmentation, images and masks',
+        metavar="PATH",
+        help='image folder, zip or tar files, hfds/NAME, or "digits"; for segmentation a folder of images and masks',
     )
     parser.add_argument("--model", metavar="NAME", help="which model the file is of, when it does not say so itself")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loading processes")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
+    images = parser.add_argument_group("classification")
+    images.add_argument("--batch-size", type=int, default=64, metavar="N")
+    images.add_argument("--image-size", type=int, metavar="PX", help="other than the one it was trained for")
+    images.add_argument("--crop-pct", type=float, metavar="SHARE", help="of the short side that the centre crop keeps")
     add_inference_arguments(parser.add_argument_group("segmentation"))
 
 
@@ -47,6 +51,8 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         workers=options.workers,
         device=options.device,
+        image_size=options.image_size,
+        crop_pct=options.crop_pct,
     )
     names = ("model", "images", "top-1 %", "top-5 %", "loss")
     metrics = result.metrics

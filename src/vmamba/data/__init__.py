@@ -1,5 +1,6 @@
 """Datasets, transforms and loaders."""
 
+from .batches import check_batches, evaluation_batches, training_batches
 from .coco import (
     Category,
     CocoAnnotations,
@@ -20,8 +21,9 @@ from .detection import (
     detection_training_transform,
 )
 from .findings import Finding
-from .folder import image_folder, list_images, read_image, stratified_split
+from .folder import image_folder, list_images, stratified_split
 from .loading import evaluation_loader, training_loader
+from .reading import Samples, read_image
 from .sources import Splits, open_labelled, open_source
 from .transforms import Augmentation, Preprocessing, evaluation_transform, training_transform
 
@@ -37,13 +39,16 @@ __all__ = [
     "DetectionAugmentation",
     "Finding",
     "Preprocessing",
+    "Samples",
     "Splits",
+    "check_batches",
     "check_detection",
     "coco_categories",
     "collate_detection",
     "decode_segmentation",
     "detection_evaluation_transform",
     "detection_training_transform",
+    "evaluation_batches",
     "evaluation_loader",
     "evaluation_transform",
     "image_folder",
@@ -54,6 +59,7 @@ __all__ = [
     "read_image",
     "segmentation_run_lengths",
     "stratified_split",
+    "training_batches",
     "training_loader",
     "training_transform",
 ]

@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 
 from .._extras import require
 from .findings import Finding
-from .folder import read_image
+from .reading import DAMAGE, read_image
 
 __all__ = [
     "Category",
@@ -302,7 +302,7 @@ def _image_findings(
     try:
         with Image.open(path) as image:
             size = (image.height, image.width)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         yield Finding("unreadable image", path, f"image {number} cannot be read: {error}", number)
         return
     if number in sizes and sizes[number] != size:

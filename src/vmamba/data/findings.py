@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Finding"]
 
@@ -17,7 +18,8 @@ class Finding:
             "unreadable mask", "other size", "unknown label". Objects: "no image file", "other image size", "duplicate
             image id", "duplicate annotation id", "unknown image", "unknown category", "degenerate box", "outside the
             image", "beyond the image", "no segmentation", "bad segmentation", "empty mask", "incomplete entry".
-        file: the image or mask it is about; of an empty part the folder, of an annotation the JSON.
+        file: the image or mask it is about (in an archive its name under the archive's); of an empty part the
+            folder, of an annotation the JSON.
         message: the whole story, without the file.
         id: in a COCO file, of the image or annotation; None where it has none.
     """
@@ -29,3 +31,7 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.file}: {self.message}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "file": str(self.file)}

@@ -32,17 +32,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """``source`` is "digits" or an image folder. ``workers`` 0 loads in the main process."""
+    """``source`` is what :func:`~vmamba.data.open_source` takes. ``workers`` 0 loads in the main process.
+
+    With ``in_memory`` every image is decoded once, reduced to ``memory_size`` pixels (None: not at all), and batches
+    are augmented on the device that trains; ``workers`` then has no meaning.
+    """
 
     source: str = DIGITS
     image_size: int = 224
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     crop_pct: float = 0.875
+    crop_mode: Literal["center", "squash", "border"] = "center"
     batch_size: int = 64
     workers: int = 2
     val_fraction: float = 0.1
     split_seed: int = 0
     on_unreadable: Literal["error", "skip"] = "error"
+    in_memory: bool = False
+    memory_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,8 @@ class Config:
         _require(self.data.image_size >= 32, "data.image_size", self.data.image_size, "at least 32")
         _require(self.data.batch_size >= 1, "data.batch_size", self.data.batch_size, "at least 1")
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "at least 0")
+        memory_size = self.data.memory_size
+        _require(memory_size is None or memory_size >= 1, "data.memory_size", memory_size, "at least 1")
         _require(0 < self.data.crop_pct <= 1, "data.crop_pct", self.data.crop_pct, "in (0, 1]")
         _require(self.optim.lr > 0, "optim.lr", self.optim.lr, "positive")
         _require(self.optim.clip_norm >= 0, "optim.clip_norm", self.optim.clip_norm, "at least 0")

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from .._devices import check_device
-from ..data import evaluation_loader, evaluation_transform, list_images, open_labelled, open_source, read_image
+from ..data import evaluation_batches, list_images, open_labelled, open_source, read_image
 from ..data.sources import DIGITS, Samples
 from ..tasks import Classification
 from .checkpoints import About, checkpoint_file, load_trained
@@ -43,8 +46,12 @@ def evaluate_checkpoint(
     batch_size: int = 64,
     workers: int = 0,
     device: str = "cpu",
+    image_size: int | None = None,
+    crop_pct: float | None = None,
 ) -> EvaluationResult:
     """Measure a run or checkpoint on ``data``, or on the images its training held out when that is None.
+
+    ``image_size`` and ``crop_pct`` None are those it was trained for.
 
     Raises:
         FileNotFoundError, ValueError: checkpoint, data or device are missing or do not fit together.
@@ -52,10 +59,10 @@ def evaluate_checkpoint(
     check_device(device)
     path = checkpoint_file(checkpoint)
     model, about = load_trained(path, model_name)
+    preprocessing = about.preprocessing.at(image_size, crop_pct)
+    _check_size(model, preprocessing.image_size)
     description, samples = _labelled_samples(about, data)
-    batches = evaluation_loader(
-        samples, evaluation_transform(about.preprocessing), batch_size=batch_size, workers=workers
-    )
+    batches = evaluation_batches(samples, preprocessing, batch_size=batch_size, workers=workers)
     scores = evaluate(model, Classification(len(about.classes)), batches, device)
     return EvaluationResult(about.model, path, description, len(samples), scores.compute())
 
@@ -124,3 +131,12 @@ def _labelled_samples(about: About, data: str | None) -> tuple[str, Samples]:
 
 def _short(name: str, length: int = 24) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _check_size(model: nn.Module, image_size: tuple[int, int]) -> None:
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, *image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        height, width = image_size
+        raise ValueError(f"the model does not take images of {height} x {width} px: {error}") from error

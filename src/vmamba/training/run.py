@@ -14,15 +14,7 @@ from torch import nn
 from .. import __version__
 from .._extras import require
 from .._files import write_text
-from ..data import (
-    Preprocessing,
-    Splits,
-    evaluation_loader,
-    evaluation_transform,
-    open_source,
-    training_loader,
-    training_transform,
-)
+from ..data import Preprocessing, Splits, check_batches, evaluation_batches, open_source, training_batches
 from ..data.folder import Files
 from ..data.loading import seed_generators
 from ..data.sources import Samples
@@ -109,7 +101,9 @@ def resume(run_dir: str | Path) -> Outcome:
 def preprocessing_of(config: Config) -> Preprocessing:
     """What a model trained with ``config`` expects of its input."""
     data = config.data
-    return Preprocessing((data.image_size, data.image_size), data.interpolation, data.crop_pct)
+    return Preprocessing(
+        (data.image_size, data.image_size), data.interpolation, data.crop_pct, crop_mode=data.crop_mode
+    )
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,13 @@ def _prepare(config: Config) -> _Prepared:
             f"mixup and CutMix need an even data.batch_size of at most the {len(splits.train)} training images, "
             f"not {config.data.batch_size}"
         )
-    training_transform(preprocessing_of(config), config.augment)
+    check_batches(
+        [splits.train, splits.val],
+        preprocessing_of(config),
+        config.augment,
+        in_memory=config.data.in_memory,
+        longest=config.data.memory_size,
+    )
     kwargs = {**config.model.kwargs, "num_classes": len(splits.classes)}
     if config.model.drop_path is not None:
         kwargs["drop_path_rate"] = config.model.drop_path
@@ -172,15 +172,17 @@ def _fit_and_report(config: Config, prepared: _Prepared, run_dir: Path, resume: 
 
     splits, data = prepared.splits, config.data
     preprocessing = preprocessing_of(config)
-    train_batches = training_loader(
-        splits.train,
-        training_transform(preprocessing, config.augment),
-        batch_size=data.batch_size,
-        workers=data.workers,
-        seed=config.run.seed,
-    )
-    eval_transform = evaluation_transform(preprocessing)
     loading = {"batch_size": data.batch_size, "workers": data.workers}
+    placing = {"in_memory": data.in_memory, "device": prepared.machine.device}
+    train_batches = training_batches(
+        splits.train,
+        preprocessing,
+        config.augment,
+        seed=config.run.seed,
+        longest=data.memory_size,
+        **loading,
+        **placing,
+    )
     about = About(
         model=config.model.name,
         model_kwargs=prepared.model_kwargs,
@@ -206,7 +208,7 @@ def _fit_and_report(config: Config, prepared: _Prepared, run_dir: Path, resume: 
             TaskModule(prepared.model.train(), prepared.task, config, len(train_batches)),
             Recorder(run_dir, about, config.schedule.epochs, resumed_at),
             train_batches,
-            evaluation_loader(splits.val, eval_transform, **loading),
+            evaluation_batches(splits.val, preprocessing, **loading, **placing),
             prepared.machine,
             resume,
         )
@@ -227,7 +229,7 @@ def _report(splits: Splits, prepared: _Prepared, run_dir: Path, loading: dict[st
     part, samples = ("test", splits.test) if splits.test is not None else ("val", splits.val)
     checkpoint = run_dir / "checkpoints" / "best.ckpt"
     model, about = load_trained(checkpoint)
-    batches = evaluation_loader(samples, evaluation_transform(about.preprocessing), **loading)
+    batches = evaluation_batches(samples, about.preprocessing, **loading)
     scores = evaluate(model, prepared.task, batches, prepared.machine.device)
     confusion_png, predictions_png = run_dir / "confusion_matrix.png", run_dir / "predictions.png"
     save_confusion_matrix(scores.confusion(), splits.display_names, confusion_png)
@@ -271,7 +273,7 @@ def _sample_images(samples: Samples, run_dir: Path) -> tuple[Path, ...]:
     """A few image files to try ``vmamba predict`` on; images that are no files yet are written into the run."""
     chosen = _spread(range(len(samples)), min(SAMPLE_IMAGES, len(samples)))
     if isinstance(samples, Files):
-        return tuple(samples.paths[i] for i in chosen)
+        return tuple(samples.path(i) for i in chosen)
     folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
     paths = []

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..findings import Finding
-from ..folder import read_image
+from ..reading import read_image
 from .masks import LabelMap, mask_problem, read_index_mask
 from .sources import SegmentationSource, find_segmentation, pair_files
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..folder import read_image
+from ..reading import DAMAGE, read_image
 
 IGNORED = 255  # the label of pixels that nothing is learnt from and that no metric counts
 MAX_CLASSES = IGNORED
@@ -60,7 +60,7 @@ def read_index_mask(path: str | Path) -> np.ndarray:
             return np.array(image).astype(np.int32)
     except FileNotFoundError:
         raise FileNotFoundError(f"no such mask: {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise ValueError(f"cannot read the mask {path}: {error}") from error
 
 

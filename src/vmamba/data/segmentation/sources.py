@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..folder import IMAGE_SUFFIXES
+from ..reading import IMAGE_SUFFIXES
 from .classes import ADE20K_CLASSES, CAMVID_CLASSES
 from .masks import IGNORED, LabelMap, MaskedImages
 
