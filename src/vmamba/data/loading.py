@@ -30,22 +30,34 @@ def seed_generators(seed: int) -> None:
 
 
 class EpochOrder(Sampler[tuple[int, int]]):
-    """Yields (epoch, index) pairs: a fresh permutation every epoch, given by ``seed`` and the epoch alone."""
+    """Yields (epoch, index) pairs: a fresh permutation every epoch, given by ``seed`` and the epoch alone.
 
-    def __init__(self, length: int, seed: int) -> None:
+    Process ``rank`` of ``world`` takes every ``world``-th place of it, beginning with place ``rank``, so that a step
+    sees the same images however many processes share it. Of ``length`` images the first ``used`` (None: all) are given
+    out; ``skip`` leaves out so many of this process's share of the present epoch, those trained on before a resume.
+    """
+
+    def __init__(self, length: int, seed: int, *, rank: int = 0, world: int = 1, used: int | None = None) -> None:
         self.length = length
         self.seed = seed
+        self.rank, self.world = rank, world
+        self.used = length if used is None else used
         self.epoch = 0
+        self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.skip = 0
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        # of the whole epoch: what is skipped was part of it
+        return len(range(self.rank, self.used, self.world))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng([self.seed, ORDER_STREAM, self.epoch]).permutation(self.length)
-        return ((self.epoch, int(index)) for index in order)
+        share = order[: self.used][self.rank :: self.world]
+        return ((self.epoch, int(index)) for index in share[self.skip :])
 
 
 class TrainingImages(Dataset):
@@ -94,13 +106,48 @@ class EvaluationImages(Dataset):
         return self.transform(image), label
 
 
-def training_loader(samples: Samples, transform: Transform, *, batch_size: int, workers: int, seed: int) -> DataLoader:
-    """Shuffled batches. The ragged last batch is left out, unless it is the only one."""
-    return DataLoader(
+class ResumableLoader(DataLoader):
+    """A loader that says how far into its epoch it is, and goes on from there (its sampler is an EpochOrder)."""
+
+    _given = 0
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        # a generator: nothing is fetched before the first batch is asked for, when the epoch is set
+        self._given = self.sampler.skip // self.batch_size
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.sampler.epoch, "batches": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.sampler.set_epoch(state["epoch"])
+        self.sampler.skip = state["batches"] * self.batch_size
+
+
+def training_loader(
+    samples: Samples,
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+) -> ResumableLoader:
+    """Shuffled batches of ``batch_size`` images for process ``rank`` of ``world``.
+
+    A step is ``accumulate`` batches of every process. Images that do not fill a step are left out of the epoch, unless
+    they are all there are.
+    """
+    step = batch_size * world * accumulate
+    used = len(samples) // step * step or len(samples)
+    return ResumableLoader(
         TrainingImages(samples, transform, seed),
         batch_size=batch_size,
-        sampler=EpochOrder(len(samples), seed),
-        drop_last=len(samples) >= batch_size,
+        sampler=EpochOrder(len(samples), seed, rank=rank, world=world, used=used),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -108,11 +155,14 @@ def training_loader(samples: Samples, transform: Transform, *, batch_size: int, 
     )
 
 
-def evaluation_loader(samples: Samples, transform: Transform, *, batch_size: int, workers: int) -> DataLoader:
-    """Batches in the samples' own order, all of them."""
+def evaluation_loader(
+    samples: Samples, transform: Transform, *, batch_size: int, workers: int, rank: int = 0, world: int = 1
+) -> DataLoader:
+    """Batches in the samples' own order, all of them; of several processes each has every ``world``-th sample."""
     return DataLoader(
         EvaluationImages(samples, transform),
         batch_size=batch_size,
+        sampler=range(rank, len(samples), world),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
