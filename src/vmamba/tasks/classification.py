@@ -42,6 +42,13 @@ class ClassificationScores:
         self._labels.append(labels.cpu())
         self._predicted.append(logits.argmax(dim=1).cpu())
 
+    def merge(self, other: ClassificationScores) -> None:
+        """Add what ``other`` gathered; its images come after ours."""
+        self._loss += other._loss
+        self._top5 += other._top5
+        self._labels += other._labels
+        self._predicted += other._predicted
+
     @property
     def labels(self) -> Tensor:
         """The true class of every image so far, (n,) int64, in the order they came."""
@@ -72,8 +79,9 @@ class ClassificationScores:
 class Classification:
     """The task, for ``classes`` classes.
 
-    ``mixup`` and ``cutmix`` are the alphas of timm's batch-mode Mixup (0: off); with both on, every batch takes one
-    of the two at random. Training targets are smoothed by ``label_smoothing``.
+    ``mixup`` and ``cutmix`` are the alphas of timm's batch-mode Mixup (0: off). A batch is mixed with probability
+    ``mix_prob``; with both on, by CutMix with probability ``mix_switch``. Training targets are smoothed by
+    ``label_smoothing``.
 
     Raises:
         ValueError: fewer than two classes, or a value out of range.
@@ -83,6 +91,8 @@ class Classification:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch: float = 0.5
     metric: str = field(default="top1", init=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +112,14 @@ class Classification:
         """Mean cross-entropy with the smoothed, possibly mixed targets; images (B, C, H, W), labels (B,) int64."""
         images, labels = batch
         if self.mixes:
-            mix = Mixup(self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.classes)
+            mix = Mixup(
+                self.mixup,
+                self.cutmix,
+                prob=self.mix_prob,
+                switch_prob=self.mix_switch,
+                label_smoothing=self.label_smoothing,
+                num_classes=self.classes,
+            )
             # in place: Mixup would write into a batch that a data loader may still hold in shared memory
             images, targets = mix(images.clone(), labels)
             return F.cross_entropy(model(images).float(), targets)
