@@ -69,7 +69,7 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=recorder.run_dir,
         )
-        # Lightning sends word of a SIGTERM between GPUs at every step, and waits for it; the recorder does it on the CPU
+        # at every step Lightning tells all GPUs whether SIGTERM came, and waits for them; the recorder uses the CPU
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         trainer.fit(module, train, val, ckpt_path=resume, weights_only=True)
 

@@ -203,7 +203,7 @@ class Recorder(pl.Callback):
         raise Terminated
 
     def _write_epoch(self, trainer: pl.Trainer, row: dict[str, float], improved: bool) -> None:
-        """The row, then the best checkpoint, then the last: killed in between, a resume from the last writes all again."""
+        """The row, the best checkpoint, then the last: killed in between, a resume from the last writes all again."""
         if self.world.is_first:
             self.metrics_file.append(row)
             for name, value in row.items():

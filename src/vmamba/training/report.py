@@ -75,7 +75,7 @@ def save_prediction_sheet(
 def save_curves(
     epochs: Sequence[int], curves: dict[str, Sequence[float]], path: Path, ylabel: str, *, log: bool = False
 ) -> None:
-    """Draw named curves over the epochs, with a legend where there are several; values that are not finite leave gaps."""
+    """Draw named curves over the epochs, with a legend where there are several; what is not finite leaves a gap."""
     figure = _new_figure(7.5, 4.2)
     axes = figure.subplots()
     for (name, values), (colour, style) in zip(curves.items(), CURVE_STYLES, strict=False):
