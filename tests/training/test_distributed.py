@@ -66,8 +66,9 @@ def shared_config(make_photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run(shared_config, tmp_path):
-    config = shared_config()
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_are_one_run(shared_config, tmp_path, strategy):
+    config = shared_config(strategy=strategy)
     output = finish(torchrun("--config", tmp_path / "config.yaml", "--out", tmp_path / "two"))
     train(config, tmp_path / "one")
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..training import Config
 
 NAME = "train"
 HELP = "train on the embedded digits or on a folder of images"
@@ -48,32 +52,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change one config field; repeatable"
     )
     parser.add_argument("--out", metavar="DIR", help="run directory (default runs/DATA-MODEL, numbered if taken)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print steps, learning rates, time and memory, and train nothing"
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="for --dry-run: processes to plan for (default 1, imagenet 8)"
+    )
+    parser.add_argument(
+        "--images-per-second", type=float, metavar="X", help="for --dry-run: measured training speed of a process"
+    )
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run; takes no other option")
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..training import config as configs
-    from ..training import resolve, resume, train
+    from ..training import resume, train
     from ..training.distributed import is_first_process
     from ..training.run import PART_NAMES
 
     shorthands = {name: getattr(options, name) for name in SHORTHANDS if getattr(options, name) is not None}
     if options.resume:
-        if shorthands or options.config or options.set or options.out or options.recipe:
+        if shorthands or options.config or options.set or options.out or options.recipe or options.dry_run:
             raise ValueError("--resume takes everything from the run directory; leave the other options out")
         outcome = resume(options.resume)
+    elif options.dry_run:
+        _print_plan(options, _config(options, shorthands))
+        return
     else:
-        from_options: dict[str, dict] = {}
-        for name, value in shorthands.items():
-            section, field = SHORTHANDS[name]
-            from_options.setdefault(section, {})[field] = value
-        config = resolve(
-            configs.read_yaml(options.config) if options.config else {},
-            from_options,
-            configs.parse_overrides(options.set),
-            recipe=options.recipe,
-        )
-        outcome = train(config, options.out)
+        outcome = train(_config(options, shorthands), options.out)
     if not is_first_process():
         return
     metrics = outcome.metrics
@@ -88,3 +93,27 @@ def run(options: argparse.Namespace) -> None:
         f"checkpoint        {outcome.checkpoint}\n"
         f"try it:           vmamba predict --checkpoint {shlex.quote(str(outcome.run_dir))} {samples}"
     )
+
+
+def _config(options: argparse.Namespace, shorthands: dict[str, object]) -> Config:
+    from ..training import config as configs
+    from ..training import resolve
+
+    from_options: dict[str, dict] = {}
+    for name, value in shorthands.items():
+        section, field = SHORTHANDS[name]
+        from_options.setdefault(section, {})[field] = value
+    return resolve(
+        configs.read_yaml(options.config) if options.config else {},
+        from_options,
+        configs.parse_overrides(options.set),
+        recipe=options.recipe,
+    )
+
+
+def _print_plan(options: argparse.Namespace, config: Config) -> None:
+    from ..training.plan import describe, plan
+
+    # the recipe's batch of 1,024 is that of eight GPUs
+    processes = options.processes or (8 if options.recipe == "imagenet" else 1)
+    print(describe(plan(config, processes=processes, rate=options.images_per_second)))

@@ -37,11 +37,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process."""
+        return bool(self.most(int(flag)))
+
+    def most(self, number: int) -> int:
+        """The largest ``number`` of all processes."""
         if self.control is None:
-            return flag
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
-        return bool(flags)
+            return number
+        largest = torch.tensor([number])
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over the processes, element by element; on the device of ``values``."""

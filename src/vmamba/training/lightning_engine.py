@@ -13,10 +13,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.utils.data import DataLoader
 
 from .._files import save_tensors
+from .distributed import World
 from .lightning_module import TaskModule
 from .machine import Machine, matrix_precision
 from .recorder import Recorder
@@ -50,7 +51,7 @@ def fit(
             accelerator=machine.device,
             devices=world.local_size,
             num_nodes=world.size // world.local_size,
-            strategy="auto" if world.control is None else DDPStrategy(gradient_as_bucket_view=True),
+            strategy=_strategy(world, config.run.strategy),
             max_epochs=config.schedule.epochs,
             accumulate_grad_batches=config.run.accumulate,
             gradient_clip_val=config.optim.clip_norm or None,
@@ -72,6 +73,14 @@ def fit(
         # at every step Lightning tells all GPUs whether SIGTERM came, and waits for them; the recorder uses the CPU
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         trainer.fit(module, train, val, ckpt_path=resume, weights_only=True)
+
+
+def _strategy(world: World, name: str) -> str | Strategy:
+    if world.control is None:
+        return "auto"
+    if name == "fsdp":
+        return ModelParallelStrategy(world.size, 1, save_distributed_checkpoint=False)
+    return DDPStrategy(gradient_as_bucket_view=True)
 
 
 def _precision(machine: Machine) -> Precision:

@@ -8,12 +8,17 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.loading import STEP_STREAM, derive_seed, seed_generators
-from ..tasks import Scores, Task, make_optimizer, warmup_cosine
+from ..tasks import Scores, Task, make_optimizer
 from .config import Config
 from .distributed import World
+from .layout import blocks_of
+from .schedule import Schedule
 
 # the prefixes of the two sets of weights in a module's state dict, and of their metrics
 WEIGHTS_PREFIX = {"": "model.", "ema_": "averaged.module."}
@@ -32,10 +37,7 @@ class TaskModule(pl.LightningModule):
         self.task = task
         self.config = config
         self.world = world
-        schedule = config.schedule
-        self.steps = schedule.epochs * steps_per_epoch
-        # a warm-up longer than the run would never reach the learning rate asked for
-        self.warmup = min(round(schedule.warmup_epochs * steps_per_epoch), self.steps // 2)
+        self.schedule = Schedule(config, steps_per_epoch)
         self.updates = 0
         self.averaged: AveragedModel | None = None
         if config.run.ema_decay:
@@ -52,6 +54,11 @@ class TaskModule(pl.LightningModule):
         if self.averaged is not None:
             yield "ema_", self.averaged.module
 
+    def configure_model(self) -> None:
+        if self.config.run.strategy == "fsdp" and self.world.control is not None:
+            for _, model in self.candidates():
+                shard(model, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = optimizer_of(self.model, self.config)
         self._peak_rates = [group["lr"] for group in optimizer.param_groups]
@@ -59,12 +66,8 @@ class TaskModule(pl.LightningModule):
         optimizer.register_step_post_hook(self._after_update)
         return optimizer
 
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of optimiser step ``step`` (from 0), of the layers next to the head."""
-        return self.config.learning_rate * self._factor(step)
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        factor = self._factor(self.global_step)
+        factor = self.schedule.factor(self.global_step)
         for group, rate in zip(self.optimizers(use_pl_optimizer=False).param_groups, self._peak_rates, strict=True):
             group["lr"] = rate * factor
         passes = self.config.run.accumulate
@@ -86,17 +89,28 @@ class TaskModule(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         for prefix, model in self.candidates():
             self.scores[prefix].update(model, batch)
+        self._last_batch, self._batches = batch, batch_idx + 1
 
-    def _factor(self, step: int) -> float:
-        schedule = self.config.schedule
-        return warmup_cosine(
-            step, steps=self.steps, warmup=self.warmup, start=schedule.warmup_from, end=schedule.decay_to
-        )
+    def on_validation_epoch_end(self) -> None:
+        if self.config.run.strategy == "fsdp":
+            # the others may have had a batch more, and to gather its weights they need every process
+            for _ in range(self.world.most(self._batches) - self._batches):
+                for prefix, model in self.candidates():
+                    self.fresh_scores()[prefix].update(model, self._last_batch)
 
     def _after_update(self, *_: Any) -> None:
         self.updates += 1
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Split every block's weights, and then what is left of the model, over the processes of ``mesh`` (FSDP)."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -85,7 +85,7 @@ class Recorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: TaskModule) -> None:
         self._started = time.perf_counter()
-        self._progress = RunProgress(module.steps, self.images_per_step)
+        self._progress = RunProgress(module.schedule.steps, self.images_per_step)
         if self.world.is_first:
             purge = trainer.global_step + 1 if trainer.global_step else None
             self._events = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
@@ -107,7 +107,7 @@ class Recorder(pl.Callback):
         self._passes.clear()
         self._skipped += module.updates == self._updates
         self._updates = module.updates
-        self._lr = module.learning_rate(trainer.global_step - 1)
+        self._lr = module.schedule.learning_rate(trainer.global_step - 1)
         self._pending.append((trainer.global_step, self._lr, loss))
         if len(self._pending) >= LOOK_EVERY or trainer.global_step == 1:
             self._look()
