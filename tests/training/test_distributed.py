@@ -93,8 +93,9 @@ def test_two_processes_are_one_run(shared_config, tmp_path, strategy):
 
 
 @pytest.mark.slow
-def test_all_processes_stop_together_at_sigterm_and_the_run_goes_on(shared_config, tmp_path):
-    shared_config(checkpoint_every=0)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_processes_stop_together_at_sigterm_and_the_run_goes_on(shared_config, tmp_path, strategy):
+    shared_config(checkpoint_every=0, strategy=strategy)
     run_dir = tmp_path / "stopped"
     arguments = ["--config", tmp_path / "config.yaml", "--out", run_dir, "--epochs", "500"]
     process = torchrun(*arguments)
@@ -105,10 +106,14 @@ def test_all_processes_stop_together_at_sigterm_and_the_run_goes_on(shared_confi
     step = int(re.search(r"stopped by SIGTERM after step (\d+), checkpoint written", output)[1])
     assert "Error" not in errors.replace("ChildFailedError", "")
     assert read_checkpoint(run_dir / "checkpoints" / "last.ckpt")["global_step"] == step
-    # what is left is done by one process
     path = run_dir / "config.yaml"
-    path.write_text(path.read_text().replace("epochs: 500", f"epochs: {-(-step // 4) + 1}"))
-    assert resume(run_dir).metrics["loss"] > 0
+    epochs = -(-step // 4) + 1
+    path.write_text(path.read_text().replace("epochs: 500", f"epochs: {epochs}"))
+    if strategy == "fsdp":
+        assert f"resumed in epoch {step // 4 + 1} after step {step}" in finish(torchrun("--resume", run_dir))
+    else:  # what is left may be done by one process
+        resume(run_dir)
+    assert [row["step"] for row in rows_of(run_dir)] == [4.0 * epoch for epoch in range(1, epochs + 1)]
 
 
 @pytest.mark.slow

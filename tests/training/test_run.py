@@ -239,6 +239,7 @@ def test_missing_extra_is_said_before_anything_is_written(tiny_config, tmp_path,
         ({"run": {"device": "cpu", "accumulate": 3}}, r"run.accumulate \(3\) must divide it"),
         ({"data": {"batch_size": 24}, "run": {"device": "cpu", "accumulate": 2}}, "24 is more than the 12 training"),
         ({"loss": {"mixup": 0.8}, "run": {"device": "cpu", "accumulate": 4}}, "even number of images in a pass"),
+        ({"run": {"device": "cpu", "strategy": "fsdp", "precision": "fp16"}}, "fsdp does not go with fp16"),
         ({"model": {"weights": "pretrained"}}, "no pretrained weights of vmamba_nano"),
     ],
 )

@@ -85,18 +85,20 @@ class TaskModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.scores = self.fresh_scores()
+        batches = self.trainer.num_val_batches[0]
+        self._missing = self.world.most(batches) - batches
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         for prefix, model in self.candidates():
             self.scores[prefix].update(model, batch)
-        self._last_batch, self._batches = batch, batch_idx + 1
+        self._last_batch = batch
 
     def on_validation_epoch_end(self) -> None:
         if self.config.run.strategy == "fsdp":
-            # the others may have had a batch more, and to gather its weights they need every process
-            for _ in range(self.world.most(self._batches) - self._batches):
-                for prefix, model in self.candidates():
-                    self.fresh_scores()[prefix].update(model, self._last_batch)
+            # the others have so many batches more, and to put together the weights they need every process
+            for _ in range(self._missing):
+                for _, model in self.candidates():
+                    self.task.scores().update(model, self._last_batch)
 
     def _after_update(self, *_: Any) -> None:
         self.updates += 1

@@ -175,6 +175,7 @@ def _prepare(config: Config, machine: Machine, world: World, *, weights: bool) -
         len(splits.classes), loss.label_smoothing, loss.mixup, loss.cutmix, loss.mix_prob, loss.mix_switch
     )
     _check_batches(config, world, task, splits)
+    _check_strategy(config, machine)
     training_transform(preprocessing_of(config), config.augment)
     kwargs = {**config.model.kwargs, "num_classes": len(splits.classes)}
     if config.model.drop_path is not None:
@@ -186,6 +187,11 @@ def _prepare(config: Config, machine: Machine, world: World, *, weights: bool) -
     _try_model(model, config)
     optimizer_of(model, config)
     return _Prepared(splits, task, model, kwargs, machine, world)
+
+
+def _check_strategy(config: Config, machine: Machine) -> None:
+    if config.run.strategy == "fsdp" and machine.precision == "fp16":
+        raise ValueError("run.strategy=fsdp does not go with fp16, whose scaler looks at whole gradients: use bf16")
 
 
 def _check_batches(config: Config, world: World, task: Classification, splits: Splits) -> None:
