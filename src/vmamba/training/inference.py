@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..data import evaluation_loader, evaluation_transform, open_labelled, open_source, read_image
 from ..data.folder import IMAGE_SUFFIXES
@@ -19,13 +20,18 @@ from .report import save_prediction_sheet
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics ("top1" and "top5" in percent, "loss") of a checkpoint on ``images`` images of ``data``."""
+    """Metrics ("top1" and "top5" in percent, "loss") of a checkpoint on ``images`` images of ``data``.
+
+    ``published`` holds what is published of the released weights on ImageNet-1K, for files of bare weights with its
+    1,000 classes; otherwise nothing.
+    """
 
     model: str
     checkpoint: Path
     data: str
     images: int
     metrics: dict[str, float]
+    published: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,11 @@ def evaluate_checkpoint(
     batch_size: int = 64,
     workers: int = 0,
     device: str = "cpu",
+    precision: str = "fp32",
 ) -> EvaluationResult:
     """Measure a run or checkpoint on ``data``, or on the images its training held out when that is None.
+
+    ``precision`` as in :func:`evaluate`.
 
     Raises:
         FileNotFoundError, ValueError: checkpoint, data or device are missing or do not fit together.
@@ -58,8 +67,9 @@ def evaluate_checkpoint(
     batches = evaluation_loader(
         samples, evaluation_transform(about.preprocessing), batch_size=batch_size, workers=workers
     )
-    scores = evaluate(model, Classification(len(about.classes)), batches, device)
-    return EvaluationResult(about.model, path, description, len(samples), scores.compute())
+    scores = evaluate(model, Classification(len(about.classes)), batches, device, precision)
+    published = _published(model) if model_name is not None else {}
+    return EvaluationResult(about.model, path, description, len(samples), scores.compute(), published)
 
 
 def predict_files(
@@ -103,12 +113,20 @@ def newest_run(folder: str | Path) -> Path:
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
 
 
+def _published(model: nn.Module) -> dict[str, float]:
+    notes = (model.pretrained_cfg.get("notes") or ()) if model.num_classes == 1000 else ()
+    words = [note.split() for note in notes if note.startswith("imagenet1k ")]
+    return {name: float(value) for _, name, value in words}
+
+
 def _labelled_samples(about: About, data: str | None) -> tuple[str, Samples]:
     trained_on = about.config.get("data", {})
     source = trained_on.get("source")
     if data is None and source is None:
         raise ValueError("the checkpoint does not say what it was trained on: name labelled images with --data")
-    same = data is None or data == source or (source != DIGITS and Path(data).resolve() == Path(source).resolve())
+    same = data is None or data == source
+    if not same and source not in (None, DIGITS):
+        same = Path(data).resolve() == Path(source).resolve()
     if not same:
         return data, open_labelled(data, about.classes)
     splits = open_source(

@@ -355,7 +355,8 @@ def _hardware(machine: Machine, world: World) -> str:
     if machine.device == "cuda":
         where = torch.cuda.get_device_name()
     else:
-        where = f"{machine.device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        where = f"{machine.device} ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
     return f"{f'{world.size} x ' if world.size > 1 else ''}{where}, {machine.precision}"
 
 
