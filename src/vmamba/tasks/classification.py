@@ -12,10 +12,10 @@ from torch import Tensor, nn
 Batch = tuple[Tensor, Tensor]
 
 
-def top_k_hits(logits: Tensor, labels: Tensor, k: int) -> int:
-    """How many rows of ``logits`` (B, classes) have their label (B,) among the ``k`` largest entries."""
+def top_k_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """How many rows of ``logits`` (B, classes) have their label (B,) among the ``k`` largest entries; int64 scalar."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return int((best == labels[:, None]).any(dim=1).sum())
+    return (best == labels[:, None]).any(dim=1).sum()
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -24,27 +24,35 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 
 class ClassificationScores:
-    """Loss (plain cross-entropy), top-1 and top-5 in percent, confusion matrix and every single prediction."""
+    """Loss (plain cross-entropy), top-1 and top-5 in percent, confusion matrix and every single prediction.
+
+    What a batch gives stays on its device until somebody asks, so that a GPU is not waited for at every batch.
+    """
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
-        self._loss = 0.0
-        self._top5 = 0
+        self._losses: list[Tensor] = []
+        self._top5: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._predicted: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        # another process may have no such device
+        gathered = ("_losses", "_top5", "_labels", "_predicted")
+        return self.__dict__ | {name: [tensor.cpu() for tensor in getattr(self, name)] for name in gathered}
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         """Add images (B, C, H, W) with labels (B,) int64."""
         images, labels = batch
         logits = model(images).float()
-        self._loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        self._top5 += top_k_hits(logits, labels, 5)
-        self._labels.append(labels.cpu())
-        self._predicted.append(logits.argmax(dim=1).cpu())
+        self._losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        self._top5.append(top_k_hits(logits, labels, 5))
+        self._labels.append(labels)
+        self._predicted.append(logits.argmax(dim=1))
 
     def merge(self, other: ClassificationScores) -> None:
         """Add what ``other`` gathered; its images come after ours."""
-        self._loss += other._loss
+        self._losses += other._losses
         self._top5 += other._top5
         self._labels += other._labels
         self._predicted += other._predicted
@@ -52,12 +60,12 @@ class ClassificationScores:
     @property
     def labels(self) -> Tensor:
         """The true class of every image so far, (n,) int64, in the order they came."""
-        return torch.cat(self._labels)
+        return torch.cat(self._labels).cpu()
 
     @property
     def predicted(self) -> Tensor:
         """The predicted class of every image so far, (n,) int64."""
-        return torch.cat(self._predicted)
+        return torch.cat(self._predicted).cpu()
 
     def confusion(self) -> Tensor:
         """Counts (true class, predicted class), (classes, classes) int64."""
@@ -69,9 +77,9 @@ class ClassificationScores:
             raise ValueError("no image was evaluated")
         images = len(self.labels)
         return {
-            "loss": self._loss / images,
+            "loss": float(torch.stack(self._losses).double().sum()) / images,
             "top1": 100 * int((self.labels == self.predicted).sum()) / images,
-            "top5": 100 * self._top5 / images,
+            "top5": 100 * int(torch.stack(self._top5).sum()) / images,
         }
 
 

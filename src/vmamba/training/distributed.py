@@ -105,7 +105,7 @@ def join_world(device: str) -> Iterator[World]:
                 f"start at most one a GPU with --nproc-per-node"
             )
         torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+        dist.init_process_group("nccl")
     else:
         dist.init_process_group("gloo")
     try:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.loading import STEP_STREAM, derive_seed, seed_generators
 from ..tasks import Scores, Task, make_optimizer
+from .averaging import MovingAverage
 from .config import Config
 from .distributed import World
 from .layout import blocks_of
@@ -39,10 +39,7 @@ class TaskModule(pl.LightningModule):
         self.world = world
         self.schedule = Schedule(config, steps_per_epoch)
         self.updates = 0
-        self.averaged: AveragedModel | None = None
-        if config.run.ema_decay:
-            self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.run.ema_decay))
-            self.averaged.requires_grad_(False)
+        self.averaged = MovingAverage(model, config.run.ema_decay) if config.run.ema_decay else None
         if config.run.grad_checkpointing:
             model.set_grad_checkpointing(True)
         if config.run.compile:
@@ -103,7 +100,7 @@ class TaskModule(pl.LightningModule):
     def _after_update(self, *_: Any) -> None:
         self.updates += 1
         if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+            self.averaged.update(self.model)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:

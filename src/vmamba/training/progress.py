@@ -42,9 +42,10 @@ class RunProgress:
     def update(self, step: int, epoch: int, loss: float, lr: float, memory: float | None) -> None:
         """Step ``step`` is done, in epoch ``epoch`` (from 1). ``memory`` is in GiB."""
         now = time.perf_counter()
-        if now > self._seen_at:
-            self._speed = self.images * (step - self._seen_step) / (now - self._seen_at)
-        self._seen_at, self._seen_step = now, step
+        # a GPU takes steps in bursts: only a second of them is a speed
+        if now - self._seen_at >= 1 or not self._speed:
+            self._speed = self.images * (step - self._seen_step) / max(now - self._seen_at, 1e-9)
+            self._seen_at, self._seen_step = now, step
         text = self._describe(step, epoch, loss, lr, memory, now)
         if self._live is not None:
             self._live.update(self._task, completed=step, description=text)
