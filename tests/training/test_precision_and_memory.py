@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vmamba.data import Preprocessing
 from vmamba.training import About, evaluate_checkpoint, load_trained, read_checkpoint, resolve, train
-from vmamba.training.config import as_dict
 from vmamba.training.distributed import World
 from vmamba.training.lightning_engine import fit
 from vmamba.training.lightning_module import TaskModule
@@ -69,7 +68,7 @@ def fit_line(tmp_path, task, precision, epochs=8):
     model = nn.Linear(1, 1)
     module = TaskModule(model, task, config, 4, World())
     (tmp_path / "checkpoints").mkdir()
-    about = About("line", {}, (), (), Preprocessing(), as_dict(config), epoch=0, metrics={})
+    about = About("line", {}, (), (), Preprocessing(), {}, epoch=0, metrics={})
     machine = Machine("cpu", precision)
     recorder = Recorder(tmp_path, about, machine=machine, world=World(), images_per_step=16, finished_epochs=0)
     fit(module, recorder, loader, loader, machine)

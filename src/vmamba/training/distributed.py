@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,4 +114,7 @@ def join_world(device: str) -> Iterator[World]:
         control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         yield World(rank, size, local_rank, local_size, control)
     finally:
+        # the trainer and its sharded weights hold each other and process groups; a group that is taken down as late as
+        # the end of the program may abort it
+        gc.collect()
         dist.destroy_process_group()

@@ -115,7 +115,7 @@ class Recorder(pl.Callback):
             memory = peak_memory(self.machine.device)
             self._progress.update(trainer.global_step, trainer.current_epoch + 1, self._loss, self._lr, memory)
         stop = self.world.any(self._stop_asked)
-        every = self.about.config["run"]["checkpoint_every"]
+        every = module.config.run.checkpoint_every
         # the last step's checkpoint is the one at the end of the epoch, after validation
         if batch_idx + 1 < trainer.num_training_batches and (stop or (every and trainer.global_step % every == 0)):
             self._look()

@@ -73,15 +73,7 @@ def train(config: Config, run_dir: str | Path | None = None) -> Outcome:
     """
     machine = _machine_to_train_on(config)
     with join_world(machine.device) as world:
-        run_dir = _new_run_dir(world, config, run_dir)
-        prepared = _prepare(config, machine, world, weights=True)
-        if world.is_first:
-            for folder in (run_dir, run_dir / "checkpoints"):
-                folder.mkdir(parents=True, exist_ok=True)
-            write_text("".join(f"{name}\n" for name in prepared.splits.classes), run_dir / "classes.txt")
-            # last: where it is, there is a run to resume
-            write_text(to_yaml(config), run_dir / "config.yaml")
-        return _fit_and_report(config, prepared, run_dir, resume=None)
+        return _start(config, machine, world, _new_run_dir(world, config, run_dir))
 
 
 def resume(run_dir: str | Path) -> Outcome:
@@ -99,23 +91,43 @@ def resume(run_dir: str | Path) -> Outcome:
     config = from_dict(read_yaml(run_dir / "config.yaml"))
     last = run_dir / "checkpoints" / "last.ckpt"
     about = About.from_dict(read_checkpoint(last)["vmamba"]) if last.is_file() else None
-    finished = about is not None and about.epoch >= config.schedule.epochs
-    if finished and (run_dir / "report" / "summary.md").is_file():
+    if _is_finished(config, about) and (run_dir / "report" / "summary.md").is_file():
         raise ValueError(f"the run in {run_dir} is finished: it has done its {config.schedule.epochs} epochs")
     machine = _machine_to_train_on(config)
     with join_world(machine.device) as world:
-        prepared = _prepare(config, machine, world, weights=about is None)
-        if about is not None and prepared.splits.classes != about.classes:
-            raise ValueError(
-                f"{config.data.source} has other classes now than when the run in {run_dir} began: "
-                f"{', '.join(sorted(set(prepared.splits.classes) ^ set(about.classes)))}"
-            )
-        if world.is_first:
-            for unfinished in run_dir.rglob(".*.writing-*"):  # of a process that was killed while it wrote
-                unfinished.unlink()
-        if finished:
-            return _report(config, prepared, run_dir)
-        return _fit_and_report(config, prepared, run_dir, resume=last if about is not None else None)
+        return _go_on(config, machine, world, run_dir, about)
+
+
+def _start(config: Config, machine: Machine, world: World, run_dir: Path) -> Outcome:
+    prepared = _prepare(config, machine, world, weights=True)
+    if world.is_first:
+        for folder in (run_dir, run_dir / "checkpoints"):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_text("".join(f"{name}\n" for name in prepared.splits.classes), run_dir / "classes.txt")
+        # last: where it is, there is a run to resume
+        write_text(to_yaml(config), run_dir / "config.yaml")
+    return _fit_and_report(config, prepared, run_dir, resume=None)
+
+
+def _go_on(config: Config, machine: Machine, world: World, run_dir: Path, about: About | None) -> Outcome:
+    """``about`` is what the last checkpoint says; None where there is none."""
+    prepared = _prepare(config, machine, world, weights=about is None)
+    if about is not None and prepared.splits.classes != about.classes:
+        raise ValueError(
+            f"{config.data.source} has other classes now than when the run in {run_dir} began: "
+            f"{', '.join(sorted(set(prepared.splits.classes) ^ set(about.classes)))}"
+        )
+    if world.is_first:
+        for unfinished in run_dir.rglob(".*.writing-*"):  # of a process that was killed while it wrote
+            unfinished.unlink()
+    if _is_finished(config, about):
+        return _report(config, prepared, run_dir)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    return _fit_and_report(config, prepared, run_dir, resume=last if about is not None else None)
+
+
+def _is_finished(config: Config, about: About | None) -> bool:
+    return about is not None and about.epoch >= config.schedule.epochs
 
 
 def preprocessing_of(config: Config) -> Preprocessing:
