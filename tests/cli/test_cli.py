@@ -67,11 +67,60 @@ def test_a_second_run_gets_its_own_directory(trained, capsys, tmp_path):
 def test_eval_prints_a_table(trained, capsys):
     main(["eval", "runs/my photos-vmamba_nano"])
     title, names, values = capsys.readouterr().out.splitlines()
-    assert "best.ckpt on my photos (validation images)" in title
+    assert title.endswith("best.ckpt on my photos (validation images), fp32")
     assert names.split() == ["model", "images", "top-1", "%", "top-5", "%", "loss"]
     assert values.split()[:2] == ["vmamba_nano", "2"]
     accuracy = re.search(r"validation accuracy (\S+)", trained)[1]
     assert float(values.split()[2]) == pytest.approx(float(accuracy), abs=0.01)
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """A file as the official training script writes it, of a released variant, and its state under our names."""
+    import torch
+
+    from vmamba.models.keymap import state_to_official
+
+    torch.manual_seed(0)
+    state = timm.create_model("vmamba_tiny_s1l8").state_dict()
+    contents = {"model": state_to_official(state), "epoch": 264, "max_accuracy": 82.6, "optimizer": {"state": {}}}
+    torch.save(contents, tmp_path / "vssm1_tiny.pth")
+    monkeypatch.chdir(tmp_path)
+    return state
+
+
+@pytest.mark.slow
+def test_fine_tuning_from_a_released_file_in_one_command(photos, released, capsys, one_thread):
+    from vmamba.training import load_trained
+
+    command = "train --recipe finetune --weights vssm1_tiny.pth --image-size 64 --epochs 2 --batch-size 2"
+    main([*command.split(), "--data", "my photos", "--set", "data.workers=0"])
+    assert "vmamba_tiny_s1l8 (29.48 M parameters) on my photos, 2 classes" in capsys.readouterr().out
+    model, about = load_trained("runs/my photos-vmamba_tiny_s1l8")
+    assert about.preprocessing.image_size == (64, 64)
+    assert about.config["optim"]["layer_decay"] == 0.8
+    tuned = model.state_dict()
+    assert tuned["head.fc.weight"].shape[0] == 2
+    moved = {name: float((tuned[name] - released[name]).abs().mean()) for name in tuned if "head.fc" not in name}
+    # an Adam step is about the learning rate: all layers moved, near the head more than near the stem
+    assert all(0 < distance < 1e-3 for name, distance in moved.items() if name.endswith("in_proj.weight"))
+    last, first = "stages.3.blocks.1.ssm.in_proj.weight", "stages.0.blocks.0.ssm.in_proj.weight"
+    assert 0.8**15 < moved[first] / moved[last] < 0.8**9
+    main(["predict", "my photos/cat/0.png"])
+
+
+def test_eval_shows_what_is_published_beside_what_it_measures(released, make_photos, capsys, one_thread):
+    make_photos("imagenet", {"val/n01440764": 1, "val/n01443537": 2})
+    command = "eval vssm1_tiny.pth --model vmamba_tiny_s1l8 --data imagenet --precision bf16"
+    main(command.split())
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title == "vssm1_tiny.pth on imagenet, bf16"
+    names, measured, published = (re.split(r"  +", row.strip()) for row in rows)
+    assert names == ["model", "images", "top-1 %", "top-5 %", "loss"]
+    assert measured[:2] == ["vmamba_tiny_s1l8", "3"]
+    assert re.fullmatch(r"\d+\.\d{3}", measured[2])
+    assert re.fullmatch(r"\d+\.\d{4}", measured[4])
+    assert published == ["published", "50000", "82.600", "-", "-"]
 
 
 def test_predict_takes_the_newest_run_and_prints_json(trained, capsys):

@@ -1,5 +1,7 @@
 """Classification: the loss and the scores, against figures worked out by hand or by scikit-learn."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -101,3 +103,19 @@ def test_mixing_changes_images_and_targets_and_not_the_batch(alphas):
 def test_values_out_of_range(values, message):
     with pytest.raises(ValueError, match=message):
         Classification(**values)
+
+
+def test_scores_of_two_processes_are_those_of_one():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(23, 8, generator=generator), torch.randint(8, (23,), generator=generator)
+    whole, *shares = (ClassificationScores(8) for _ in range(3))
+    whole.update(Given(logits), (torch.zeros(23, 1), labels))
+    for rank, share in enumerate(shares):
+        part = slice(rank, None, 2)
+        for start in range(0, len(labels[part]), 5):
+            batch = slice(start, start + 5)
+            some = labels[part][batch]
+            share.update(Given(logits[part][batch]), (torch.zeros(len(some), 1), some))
+    shares[0].merge(pickle.loads(pickle.dumps(shares[1])))
+    assert shares[0].compute() == pytest.approx(whole.compute())
+    assert torch.equal(shares[0].confusion(), whole.confusion())

@@ -55,6 +55,19 @@ def test_a_detector_that_knows_everything_scores_100(make_coco, masks) -> None:
     assert len(scores.masks) == (4 if masks else 0)
 
 
+def test_shares_of_two_processes_are_put_together(make_coco) -> None:
+    dataset, task, batches = _data(make_coco)
+    whole, first, second = task.scores(), task.scores(), task.scores()
+    for share, batch in zip((first, second), batches, strict=True):
+        whole.update(Oracle(dataset), batch)
+        share.update(Oracle(dataset), batch)
+    first.boxes[0]["score"] = whole.boxes[0]["score"] = 0.5
+    first.boxes[0]["bbox"] = whole.boxes[0]["bbox"] = [0.0, 0.0, 5.0, 5.0]
+    first.merge(second)
+    assert first.compute() == pytest.approx(whole.compute(), nan_ok=True)
+    assert first.compute()["box_ap"] < 100
+
+
 def test_nothing_evaluated_is_an_error(make_coco) -> None:
     _, task, _ = _data(make_coco)
     with pytest.raises(ValueError, match="no image was evaluated"):

@@ -47,3 +47,45 @@ def test_schedule_warms_up_and_falls():
 
 def test_schedule_without_warmup():
     assert warmup_cosine(0, steps=1, warmup=0, start=0.5, end=0.0) == 1.0
+
+
+def test_official_decay_takes_in_the_state_space_parameters():
+    model = timm.create_model("vanilla_vmamba_tiny", device="meta")
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = []
+    for official in (False, True):
+        groups = make_optimizer(model, lr=1e-3, weight_decay=0.05, decay_ssm=official).param_groups
+        decayed.append({names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]})
+    more = decayed[1] - decayed[0]
+    assert decayed[0] < decayed[1]
+    assert {name.rpartition(".")[2] for name in more} == {"A_log", "dt_bias"}
+    assert len(more) == 2 * sum(model.config.depths)
+
+
+def test_layer_decay_shrinks_rates_towards_the_stem():
+    model = timm.create_model("vmamba_tiny_s1l8", device="meta")
+    optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.05, layer_decay=0.8)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {name: rate[id(p)] for name, p in model.named_parameters()}
+    assert len(rates) == len(rate)
+    assert rates["head.fc.weight"] == pytest.approx(1e-3)
+    # the last block's layer is one below the head's
+    assert rates["stages.3.blocks.1.ssm.in_proj.weight"] == pytest.approx(8e-4)
+    assert rates["stages.3.blocks.0.ssm.in_proj.weight"] == pytest.approx(6.4e-4)
+    # between the head and the stem: 14 blocks
+    assert rates["stem.conv1.weight"] == pytest.approx(1e-3 * 0.8**15)
+    assert min(rates.values()) == rates["stem.conv1.weight"]
+    exempt = model.no_weight_decay()
+    for group in optimizer.param_groups:
+        if group["weight_decay"]:
+            assert all(p.ndim > 1 for p in group["params"])
+    assert {id(dict(model.named_parameters())[name]) for name in exempt} <= {
+        id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]
+    }
+
+
+def test_settings_an_optimizer_has_no_use_for():
+    optimizer = make_optimizer(
+        timm.create_model("test_vit"), "sgd", lr=0.1, weight_decay=0.0, betas=(0.8, 0.9), eps=1e-3
+    )
+    assert "betas" not in optimizer.param_groups[0]

@@ -5,17 +5,16 @@ import pytest
 from vmamba.training.config import (
     Config,
     as_dict,
-    digits_config,
     from_dict,
     parse_overrides,
     read_yaml,
-    resolve,
     to_yaml,
 )
+from vmamba.training.recipes import digits, resolve
 
 
 def test_presets_follow_the_data():
-    assert resolve() == digits_config()
+    assert resolve() == digits()
     photos = resolve({"data": {"source": "flowers"}})
     assert (photos.model.name, photos.data.source, photos.data.image_size) == ("vmamba_micro", "flowers", 224)
 
@@ -23,7 +22,7 @@ def test_presets_follow_the_data():
 def test_later_layers_win():
     config = resolve({"optim": {"lr": 1.0, "name": "sgd"}}, {"optim": {"lr": 2.0}})
     assert (config.optim.lr, config.optim.name) == (2.0, "sgd")
-    assert config.data == digits_config().data
+    assert config.data == digits().data
 
 
 def test_yaml_gives_the_config_back(tmp_path):

@@ -195,14 +195,15 @@ def _measure(config: Config, counts: list[int | None], seconds: float) -> list[L
     preprocessing = preprocessing_of(config)
     check_batches([samples], preprocessing, config.augment, in_memory=data.in_memory, longest=data.memory_size)
     where = f"in memory, batches made on {device}" if data.in_memory else f"{_cores()} cores"
-    print(f"{data.source}: {len(samples):,} training images, {data.image_size} px, batch {data.batch_size}; {where}")
+    batch_size = data.batch_size // config.run.accumulate
+    print(f"{data.source}: {len(samples):,} training images, {data.image_size} px, batch {batch_size}; {where}")
     speeds = []
     for workers in counts:
         batches = training_batches(
             samples,
             preprocessing,
             config.augment,
-            batch_size=data.batch_size,
+            batch_size=batch_size,
             seed=config.run.seed,
             workers=workers or 0,
             in_memory=data.in_memory,

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..training import Config
 
 NAME = "train"
 HELP = "train on the embedded digits or on a folder of images"
 EXAMPLES = """examples:
   vmamba train
   vmamba train --data flowers/ --model vmamba_micro --image-size 96 --epochs 40
-  vmamba train --data flowers/ --model vmamba_tiny_s1l8 --set model.weights=vssm1_tiny_0230s_ckpt_epoch_264.pth
+  vmamba train --recipe finetune --data flowers/ --weights vssm1_tiny_0230s_ckpt_epoch_264.pth
+  torchrun --nproc-per-node 8 -m vmamba train --recipe imagenet --data imagenet/ --out runs/imagenet
   vmamba train --config runs/digits-vmamba_nano/config.yaml --set optim.lr=1e-3 --out runs/slower
   vmamba train --resume runs/slower
 
@@ -22,6 +26,7 @@ docs/training.md explains every field that --set can change."""
 SHORTHANDS = {
     "data": ("data", "source"),
     "model": ("model", "name"),
+    "weights": ("model", "weights"),
     "epochs": ("schedule", "epochs"),
     "batch_size": ("data", "batch_size"),
     "image_size": ("data", "image_size"),
@@ -32,10 +37,14 @@ SHORTHANDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="FOLDER", help='image folder, or "digits" (the default)')
+    parser.add_argument("--recipe", metavar="NAME", help="digits, photos, small, finetune or imagenet")
+    parser.add_argument(
+        "--data", metavar="PATH", help='image folder, zip or tar files, hfds/NAME, or "digits" (the default)'
+    )
     parser.add_argument("--model", metavar="NAME", help="any timm model; `vmamba models` lists ours")
+    parser.add_argument("--weights", metavar="FILE", help='checkpoint to start from, or "pretrained" for released ones')
     parser.add_argument("--epochs", type=int, metavar="N")
-    parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a step, over all processes")
     parser.add_argument("--image-size", type=int, metavar="PX", help="height and width of the training images")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same result (default 0)")
@@ -45,30 +54,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change one config field; repeatable"
     )
     parser.add_argument("--out", metavar="DIR", help="run directory (default runs/DATA-MODEL, numbered if taken)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print steps, learning rates, time and memory, and train nothing"
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="for --dry-run: processes to plan for (default 1, imagenet 8)"
+    )
+    parser.add_argument(
+        "--images-per-second", type=float, metavar="X", help="for --dry-run: measured training speed of a process"
+    )
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run; takes no other option")
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..training import config as configs
     from ..training import resume, train
+    from ..training.distributed import is_first_process
     from ..training.run import PART_NAMES
 
     shorthands = {name: getattr(options, name) for name in SHORTHANDS if getattr(options, name) is not None}
     if options.resume:
-        if shorthands or options.config or options.set or options.out:
+        if shorthands or options.config or options.set or options.out or options.recipe or options.dry_run:
             raise ValueError("--resume takes everything from the run directory; leave the other options out")
         outcome = resume(options.resume)
+    elif options.dry_run:
+        _print_plan(options, _config(options, shorthands))
+        return
     else:
-        from_options: dict[str, dict] = {}
-        for name, value in shorthands.items():
-            section, field = SHORTHANDS[name]
-            from_options.setdefault(section, {})[field] = value
-        config = configs.resolve(
-            configs.read_yaml(options.config) if options.config else {},
-            from_options,
-            configs.parse_overrides(options.set),
-        )
-        outcome = train(config, options.out or _free_run_dir(config))
+        outcome = train(_config(options, shorthands), options.out)
+    if not is_first_process():
+        return
     metrics = outcome.metrics
     samples = " ".join(shlex.quote(str(path)) for path in outcome.sample_images)
     print(
@@ -77,14 +91,31 @@ def run(options: argparse.Namespace) -> None:
         f"{outcome.images} images, weights of epoch {outcome.best_epoch}, the best on the validation images)\n"
         f"confusion matrix  {outcome.confusion_png}\n"
         f"predictions       {outcome.predictions_png}\n"
+        f"report            {outcome.report}\n"
         f"checkpoint        {outcome.checkpoint}\n"
         f"try it:           vmamba predict --checkpoint {shlex.quote(str(outcome.run_dir))} {samples}"
     )
 
 
-def _free_run_dir(config) -> Path:
-    stem = Path("runs") / f"{Path(config.data.source).resolve().name}-{config.model.name}"
-    number = 1
-    while (candidate := stem if number == 1 else stem.with_name(f"{stem.name}-{number}")).exists():
-        number += 1
-    return candidate
+def _config(options: argparse.Namespace, shorthands: dict[str, object]) -> Config:
+    from ..training import config as configs
+    from ..training import resolve
+
+    from_options: dict[str, dict] = {}
+    for name, value in shorthands.items():
+        section, field = SHORTHANDS[name]
+        from_options.setdefault(section, {})[field] = value
+    return resolve(
+        configs.read_yaml(options.config) if options.config else {},
+        from_options,
+        configs.parse_overrides(options.set),
+        recipe=options.recipe,
+    )
+
+
+def _print_plan(options: argparse.Namespace, config: Config) -> None:
+    from ..training.plan import describe, plan
+
+    # the recipe's batch of 1,024 is that of eight GPUs
+    processes = options.processes or (8 if options.recipe == "imagenet" else 1)
+    print(describe(plan(config, processes=processes, rate=options.images_per_second)))

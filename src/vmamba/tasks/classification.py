@@ -12,10 +12,10 @@ from torch import Tensor, nn
 Batch = tuple[Tensor, Tensor]
 
 
-def top_k_hits(logits: Tensor, labels: Tensor, k: int) -> int:
-    """How many rows of ``logits`` (B, classes) have their label (B,) among the ``k`` largest entries."""
+def top_k_hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """How many rows of ``logits`` (B, classes) have their label (B,) among the ``k`` largest entries; int64 scalar."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return int((best == labels[:, None]).any(dim=1).sum())
+    return (best == labels[:, None]).any(dim=1).sum()
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -24,33 +24,48 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 
 class ClassificationScores:
-    """Loss (plain cross-entropy), top-1 and top-5 in percent, confusion matrix and every single prediction."""
+    """Loss (plain cross-entropy), top-1 and top-5 in percent, confusion matrix and every single prediction.
+
+    What a batch gives stays on its device until somebody asks, so that a GPU is not waited for at every batch.
+    """
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
-        self._loss = 0.0
-        self._top5 = 0
+        self._losses: list[Tensor] = []
+        self._top5: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._predicted: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        # another process may have no such device
+        gathered = ("_losses", "_top5", "_labels", "_predicted")
+        return self.__dict__ | {name: [tensor.cpu() for tensor in getattr(self, name)] for name in gathered}
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         """Add images (B, C, H, W) with labels (B,) int64."""
         images, labels = batch
         logits = model(images).float()
-        self._loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        self._top5 += top_k_hits(logits, labels, 5)
-        self._labels.append(labels.cpu())
-        self._predicted.append(logits.argmax(dim=1).cpu())
+        self._losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        self._top5.append(top_k_hits(logits, labels, 5))
+        self._labels.append(labels)
+        self._predicted.append(logits.argmax(dim=1))
+
+    def merge(self, other: ClassificationScores) -> None:
+        """Add what ``other`` gathered; its images come after ours."""
+        self._losses += other._losses
+        self._top5 += other._top5
+        self._labels += other._labels
+        self._predicted += other._predicted
 
     @property
     def labels(self) -> Tensor:
         """The true class of every image so far, (n,) int64, in the order they came."""
-        return torch.cat(self._labels)
+        return torch.cat(self._labels).cpu()
 
     @property
     def predicted(self) -> Tensor:
         """The predicted class of every image so far, (n,) int64."""
-        return torch.cat(self._predicted)
+        return torch.cat(self._predicted).cpu()
 
     def confusion(self) -> Tensor:
         """Counts (true class, predicted class), (classes, classes) int64."""
@@ -62,9 +77,9 @@ class ClassificationScores:
             raise ValueError("no image was evaluated")
         images = len(self.labels)
         return {
-            "loss": self._loss / images,
+            "loss": float(torch.stack(self._losses).double().sum()) / images,
             "top1": 100 * int((self.labels == self.predicted).sum()) / images,
-            "top5": 100 * self._top5 / images,
+            "top5": 100 * int(torch.stack(self._top5).sum()) / images,
         }
 
 
@@ -72,8 +87,9 @@ class ClassificationScores:
 class Classification:
     """The task, for ``classes`` classes.
 
-    ``mixup`` and ``cutmix`` are the alphas of timm's batch-mode Mixup (0: off); with both on, every batch takes one
-    of the two at random. Training targets are smoothed by ``label_smoothing``.
+    ``mixup`` and ``cutmix`` are the alphas of timm's batch-mode Mixup (0: off). A batch is mixed with probability
+    ``mix_prob``; with both on, by CutMix with probability ``mix_switch``. Training targets are smoothed by
+    ``label_smoothing``.
 
     Raises:
         ValueError: fewer than two classes, or a value out of range.
@@ -83,6 +99,8 @@ class Classification:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch: float = 0.5
     metric: str = field(default="top1", init=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +120,14 @@ class Classification:
         """Mean cross-entropy with the smoothed, possibly mixed targets; images (B, C, H, W), labels (B,) int64."""
         images, labels = batch
         if self.mixes:
-            mix = Mixup(self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.classes)
+            mix = Mixup(
+                self.mixup,
+                self.cutmix,
+                prob=self.mix_prob,
+                switch_prob=self.mix_switch,
+                label_smoothing=self.label_smoothing,
+                num_classes=self.classes,
+            )
             # in place: Mixup would write into a batch that a data loader may still hold in shared memory
             images, targets = mix(images.clone(), labels)
             return F.cross_entropy(model(images).float(), targets)

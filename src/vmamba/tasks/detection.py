@@ -41,6 +41,12 @@ class DetectionScores:
             if self._task.masks:
                 self.masks += mask_results(found, image_id, self._task.categories)
 
+    def merge(self, other: DetectionScores) -> None:
+        """Add what another process has evaluated."""
+        self._images += other._images
+        self.boxes += other.boxes
+        self.masks += other.masks
+
     def average_precision(self, kind: str = "box") -> AveragePrecision:
         """Of "box" or "mask". ValueError when nothing was added."""
         if not self._images:

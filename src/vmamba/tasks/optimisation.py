@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
+
+# what a model marks as undecayed and the official VMamba code decays all the same (D is 1-D and undecayed there, too)
+_OFFICIALLY_DECAYED = ("A_log", "dt_bias")
 
 
 def make_optimizer(
@@ -16,8 +19,16 @@ def make_optimizer(
     lr: float,
     weight_decay: float,
     betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    layer_decay: float | None = None,
+    decay_ssm: bool = False,
 ) -> torch.optim.Optimizer:
     """A timm optimiser over ``model``; 1-D parameters, biases and ``model.no_weight_decay()`` are not decayed.
+
+    Args:
+        betas, eps: None for the optimiser's own; what an optimiser has no use for is left out, as timm does.
+        layer_decay: factor on the learning rate for every layer (of ``model.group_matcher()``) away from the head.
+        decay_ssm: decay A_log and dt_bias all the same, as the official code does.
 
     Raises:
         ValueError: timm has no optimiser of that name.
@@ -26,8 +37,18 @@ def make_optimizer(
         raise ValueError(
             f"timm has no optimiser {name!r}; see timm.optim.list_optimizers(), for example adamw, lamb, sgd"
         )
-    extra = {"betas": betas} if betas else {}
-    return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **extra)
+    undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    if decay_ssm:
+        undecayed = {name for name in undecayed if name.rpartition(".")[2] not in _OFFICIALLY_DECAYED}
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed)
+    else:
+        groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay)
+        # timm leaves this to its own schedulers; ours multiplies the group's learning rate
+        for group in groups:
+            group["lr"] = lr * group["lr_scale"]
+    extra = {name: value for name, value in (("betas", betas), ("eps", eps)) if value is not None}
+    return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **extra)
 
 
 def warmup_cosine(step: int, *, steps: int, warmup: int, start: float, end: float) -> float:

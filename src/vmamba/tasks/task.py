@@ -13,6 +13,9 @@ class Scores(Protocol):
     def update(self, model: nn.Module, batch: Any) -> None:
         """Run ``model`` on ``batch`` and remember what the metrics need. Call under ``torch.inference_mode``."""
 
+    def merge(self, other: Scores) -> None:
+        """Take in what ``other`` gathered on other batches, in another process for example."""
+
     def compute(self) -> dict[str, float]:
         """The metrics over all batches so far, "loss" among them."""
 

@@ -23,7 +23,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class About:
-    """What a checkpoint says of its weights."""
+    """What a checkpoint says of its weights; ``averaged``: they are the moving average of training's."""
 
     model: str
     model_kwargs: dict[str, Any]
@@ -33,6 +33,7 @@ class About:
     config: dict[str, Any]
     epoch: int
     metrics: dict[str, float]
+    averaged: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return {

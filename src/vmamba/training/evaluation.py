@@ -11,16 +11,36 @@ from torch import nn
 
 from ..data import Preprocessing, evaluation_transform, read_image
 from ..tasks import Scores, Task
+from .machine import autocast, matrix_precision
 
 
-def evaluate(model: nn.Module, task: Task, batches: Iterable[Any], device: str | torch.device = "cpu") -> Scores:
-    """The scores of ``model`` on all ``batches`` (tuples of tensors), in evaluation mode and fp32."""
+def evaluate(
+    model: nn.Module, task: Task, batches: Iterable[Any], device: str = "cpu", precision: str = "fp32"
+) -> Scores:
+    """The scores of ``model`` on all ``batches`` (tuples of tensors), in evaluation mode.
+
+    ``precision`` is "fp32", "tf32", or the half precision of autocast: "bf16", "fp16".
+    """
     model.eval().to(device)
     scores = task.scores()
-    with torch.inference_mode():
+    with torch.inference_mode(), matrix_precision(precision), autocast(device, precision):
         for batch in batches:
             scores.update(model, tuple(part.to(device, non_blocking=True) for part in batch))
     return scores
+
+
+def check_image_size(model: nn.Module, name: str, image_size: tuple[int, int], remedy: str = "") -> None:
+    """Try a model, on the CPU, on an image of that height and width.
+
+    Raises:
+        ValueError: it does not take such images; says ``name`` and ``remedy``.
+    """
+    height, width = image_size
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, height, width))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"{name} does not take images of {height} x {width} px{remedy}: {error}") from error
 
 
 def predict(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from .._devices import check_device
@@ -14,19 +13,24 @@ from ..data import evaluation_batches, list_images, open_labelled, open_source, 
 from ..data.sources import DIGITS, Samples
 from ..tasks import Classification
 from .checkpoints import About, checkpoint_file, load_trained
-from .evaluation import evaluate, predict
+from .evaluation import check_image_size, evaluate, predict
 from .report import save_prediction_sheet
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics ("top1" and "top5" in percent, "loss") of a checkpoint on ``images`` images of ``data``."""
+    """Metrics ("top1" and "top5" in percent, "loss") of a checkpoint on ``images`` images of ``data``.
+
+    ``published`` holds what is published of the released weights on ImageNet-1K, for files of bare weights with its
+    1,000 classes; otherwise nothing.
+    """
 
     model: str
     checkpoint: Path
     data: str
     images: int
     metrics: dict[str, float]
+    published: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ def evaluate_checkpoint(
     device: str = "cpu",
     image_size: int | None = None,
     crop_pct: float | None = None,
+    precision: str = "fp32",
 ) -> EvaluationResult:
     """Measure a run or checkpoint on ``data``, or on the images its training held out when that is None.
 
-    ``image_size`` and ``crop_pct`` None are those it was trained for.
+    ``image_size`` and ``crop_pct`` None are those it was trained for. ``precision`` as in :func:`evaluate`.
 
     Raises:
         FileNotFoundError, ValueError: checkpoint, data or device are missing or do not fit together.
@@ -60,11 +65,12 @@ def evaluate_checkpoint(
     path = checkpoint_file(checkpoint)
     model, about = load_trained(path, model_name)
     preprocessing = about.preprocessing.at(image_size, crop_pct)
-    _check_size(model, preprocessing.image_size)
+    check_image_size(model, about.model, preprocessing.image_size)
     description, samples = _labelled_samples(about, data)
     batches = evaluation_batches(samples, preprocessing, batch_size=batch_size, workers=workers)
-    scores = evaluate(model, Classification(len(about.classes)), batches, device)
-    return EvaluationResult(about.model, path, description, len(samples), scores.compute())
+    scores = evaluate(model, Classification(len(about.classes)), batches, device, precision)
+    published = _published(model) if model_name is not None else {}
+    return EvaluationResult(about.model, path, description, len(samples), scores.compute(), published)
 
 
 def predict_files(
@@ -108,12 +114,20 @@ def newest_run(folder: str | Path) -> Path:
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
 
 
+def _published(model: nn.Module) -> dict[str, float]:
+    notes = (model.pretrained_cfg.get("notes") or ()) if model.num_classes == 1000 else ()
+    words = [note.split() for note in notes if note.startswith("imagenet1k ")]
+    return {name: float(value) for _, name, value in words}
+
+
 def _labelled_samples(about: About, data: str | None) -> tuple[str, Samples]:
     trained_on = about.config.get("data", {})
     source = trained_on.get("source")
     if data is None and source is None:
         raise ValueError("the checkpoint does not say what it was trained on: name labelled images with --data")
-    same = data is None or data == source or (source != DIGITS and Path(data).resolve() == Path(source).resolve())
+    same = data is None or data == source
+    if not same and source not in (None, DIGITS):
+        same = Path(data).resolve() == Path(source).resolve()
     if not same:
         return data, open_labelled(data, about.classes)
     splits = open_source(
@@ -131,12 +145,3 @@ def _labelled_samples(about: About, data: str | None) -> tuple[str, Samples]:
 
 def _short(name: str, length: int = 24) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-def _check_size(model: nn.Module, image_size: tuple[int, int]) -> None:
-    try:
-        with torch.inference_mode():
-            model(torch.zeros(1, 3, *image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        height, width = image_size
-        raise ValueError(f"the model does not take images of {height} x {width} px: {error}") from error

@@ -1,4 +1,4 @@
-"""Pictures of a finished run: the confusion matrix and a sheet of predictions, as PNG."""
+"""Pictures of a finished run as PNG: the confusion matrix, a sheet of predictions, curves over the epochs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's blue and vermillion: told apart by every common kind of colour vision
 RIGHT, WRONG = "#0072B2", "#D55E00"
+CURVE_STYLES = (("#0072B2", "-"), ("#D55E00", "-"), ("#009E73", "--"), ("#CC79A7", ":"))
 
 
 def save_confusion_matrix(confusion: Tensor, names: Sequence[str], path: Path) -> None:
@@ -68,6 +69,25 @@ def save_prediction_sheet(
             spine.set_color(colour)
             spine.set_linewidth(4 if verdict is False else 1.5)
         axes.set_title(f"\N{MULTIPLICATION SIGN} {title}" if verdict is False else title, color=colour, fontsize=9)
+    _save(figure, path)
+
+
+def save_curves(
+    epochs: Sequence[int], curves: dict[str, Sequence[float]], path: Path, ylabel: str, *, log: bool = False
+) -> None:
+    """Draw named curves over the epochs, with a legend where there are several; what is not finite leaves a gap."""
+    figure = _new_figure(7.5, 4.2)
+    axes = figure.subplots()
+    for (name, values), (colour, style) in zip(curves.items(), CURVE_STYLES, strict=False):
+        axes.plot(epochs, values, style, color=colour, label=name, marker="o" if len(epochs) < 3 else None)
+    if log:
+        axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend()
     _save(figure, path)
 
 
