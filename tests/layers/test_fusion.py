@@ -15,8 +15,8 @@ from vmamba.ops import inference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OPERATORS = ("norm_linear", "norm_mlp", "ss2d_residual", "conv_norm_gelu", "conv_norm")
-GATED = ("norm_linear", "linear_residual", "ss2d_norm", "conv_norm_gelu", "conv_norm")
+OPERATORS = ("norm_linear", "norm_mlp", "depthwise_silu", "ss2d_residual", "conv_norm_gelu", "conv_norm")
+GATED = ("norm_linear", "linear_residual", "depthwise_silu", "ss2d_norm", "conv_norm_gelu", "conv_norm")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ def arguments(dtype=torch.float32):
         "norm_linear": (draw(2, 3, 6), *norm, draw(5, 6), None, torch.bfloat16),
         "norm_mlp": (draw(2, 3, 6), *norm, draw(9, 6), draw(9), draw(6, 9), draw(6), torch.float32),
         "linear_residual": (draw(2, 3, 5).bfloat16(), draw(6, 5), draw(6), draw(2, 3, 6)),
+        "depthwise_silu": (x, draw(6, 1, 3, 3), draw(6)),
         "ss2d_norm": (*scan, *norm),
         "ss2d_residual": (*scan, *norm, draw(5, 6), draw(5), draw(1, 3, 4, 5)),
         "conv_norm_gelu": (draw(1, 3, 5, 8), draw(6, 3, 3, 3), draw(6), *norm, torch.float32),

@@ -110,25 +110,6 @@ def test_the_layer_norm_after_the_scan(monkeypatch, N, E, dtype, few):
     assert error(found.cpu(), wanted) <= 4 * TOLERANCE[dtype]
 
 
-# steps of a lane, warps and segments; the last tile not filled, several tiles one after another, and the first two at once
-@pytest.mark.parametrize(("steps", "warps", "segments"), [(4, 4, 1), (2, 1, 1), (2, 1, 3), (8, 1, 2)])
-@pytest.mark.parametrize("size", [(1, 1, 1), (1, 5, 7), (2, 3, 29)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_few_walks(dtype, size, steps, warps, segments):
-    from vmamba.ops.triton_backend.ss2d import FewTile, few_outputs
-
-    for E, R, routes in ((3, 1, "cross2d"), (40, 20, "bidi")):
-        problem = ss2d_problem(*size, E=E, R=R, dtype=dtype)
-        y, _ = ss2d_oracle(problem, torch.zeros_like(problem[0]), routes)
-        x, p, dt_weight, dt_bias, A, D = (t.to(DEVICE) for t in problem)
-        parts = few_outputs(x, p, dt_weight, dt_bias, (-A).log(), D, routes, FewTile(steps, warps, segments))
-        assert parts.dtype == dtype
-        units = BF16_UNITS if dtype == torch.bfloat16 else 1
-        plain, _ = BACKENDS["portable"].ss2d_forward(*problem, routes, False)
-        found = parts.double().sum(0).to(dtype).cpu()
-        assert error(found, y) <= units * max(TOLERANCE[dtype], 2 * error(plain, y))
-
-
 def test_more_channels_than_a_product_takes():
     check(ss2d_problem(2, 1, 3, E=130, dtype=torch.float32))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.ops import ROUTES, ss2d
-from vmamba.ops.inference import linear_residual, norm_linear, ss2d_norm, ss2d_residual
+from vmamba.ops.inference import depthwise_silu, linear_residual, norm_linear, ss2d_norm, ss2d_residual
 
 from .act import ACTIVATIONS
 from .conv import ConvNHWC, DepthwiseConv3x3SiLU
@@ -124,7 +124,7 @@ class SS2D(nn.Module):
             h, z = h.chunk(2, dim=-1)
         norm, out = self.out_norm, self.out_proj
         weights = (self.x_proj_weight, self.dt_weight, self.dt_bias, self.A_log, self.D, self.routes)
-        scan = (self.conv(h), *weights, norm.weight, norm.bias, norm.eps)
+        scan = (depthwise_silu(h, self.conv.weight, self.conv.bias), *weights, norm.weight, norm.bias, norm.eps)
         if self.gate:
             return linear_residual(ss2d_norm(*scan) * self.gate_act(z), out.weight, out.bias, x)
         return ss2d_residual(*scan, out.weight, out.bias, x)

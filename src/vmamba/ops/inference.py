@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import convolution
 from .dispatch import BACKENDS, choose
 from .library import ss2d_flops
 
 __all__ = [
     "conv_norm",
     "conv_norm_gelu",
+    "depthwise_silu",
     "inference_dtype",
     "linear_residual",
     "norm_linear",
@@ -86,6 +88,11 @@ def norm_mlp(
 def linear_residual(y: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """residual + y weight^T + bias: y (..., E), residual (..., C) -> (..., C) in residual's dtype; computed in y's."""
     return torch.ops.vmamba.linear_residual(y, weight, bias, residual)
+
+
+def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(conv(x) + bias), depthwise 3x3, padded by 1: (B, H, W, E) in x's dtype; weight (E, 1, 3, 3), bias (E,)."""
+    return torch.ops.vmamba.depthwise_silu(x, weight, bias)
 
 
 def ss2d_norm(
@@ -184,6 +191,10 @@ class Plain:
         return residual + F.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
 
     @staticmethod
+    def depthwise_silu(x, weight, bias):
+        return convolution.conv(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), "silu")
+
+    @staticmethod
     def ss2d_norm(x, x_proj_weight, dt_weight, dt_bias, A_log, D, routes, norm_weight, norm_bias, eps):
         p = F.linear(x, x_proj_weight.flatten(0, 1).to(x.dtype))
         # fp32 (or better): exp of a rounded A_log would move every time constant
@@ -219,6 +230,7 @@ _SCHEMAS = {
     "norm_mlp": f"(Tensor x, {_NORM}, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, ScalarType dtype)"
     " -> Tensor",
     "linear_residual": "(Tensor y, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
+    "depthwise_silu": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "ss2d_norm": f"({_SS2D}, {_NORM}) -> Tensor",
     "ss2d_residual": f"({_SS2D}, {_NORM}, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
     "conv_norm_gelu": f"(Tensor image, Tensor weight, Tensor bias, {_NORM}, ScalarType dtype) -> Tensor",
@@ -257,6 +269,11 @@ def _(x, *args):
 @torch.library.register_fake("vmamba::linear_residual")
 def _(y, weight, bias, residual):
     return residual.new_empty(residual.shape)
+
+
+@torch.library.register_fake("vmamba::depthwise_silu")
+def _(x, *args):
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("vmamba::ss2d_norm")
@@ -298,6 +315,11 @@ def _(x, norm_weight, norm_bias, eps, weight1, *args, out_shape=None, **kwargs) 
 @register_flop_formula(torch.ops.vmamba.linear_residual)
 def _(y, weight, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(y) * weight[0]
+
+
+@register_flop_formula(torch.ops.vmamba.depthwise_silu)
+def _(x, *args, out_shape=None, **kwargs) -> int:
+    return 2 * 9 * math.prod(x)
 
 
 @register_flop_formula(torch.ops.vmamba.ss2d_norm)

@@ -123,6 +123,12 @@ class Inference:
         return dense.linear_residual(y, weight, bias, residual, residual.dtype)
 
     @staticmethod
+    def depthwise_silu(x, weight, bias):
+        from . import dwconv
+
+        return dwconv.conv_forward(x, weight, bias, "silu")
+
+    @staticmethod
     def ss2d_norm(x, x_proj_weight, dt_weight, dt_bias, A_log, D, routes, norm_weight, norm_bias, eps):
         from . import dense, ss2d
 
