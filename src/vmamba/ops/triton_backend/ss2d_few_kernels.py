@@ -76,9 +76,9 @@ def ss2d_few_kernel(
     o_r = i_c * C + tl.arange(0, C) % 8 * 2 + tl.arange(0, C) // 8
     o_q = tl.arange(0, QP)
     m_q = (o_q < R)[None, :]
-    b_W = tl.load(
-        dt_weight + (i_k * E + o_r)[:, None] * R + o_q[None, :], mask=(o_r < E)[:, None] & m_q, other=0.0
-    ).to(tl.float32)
+    b_W = tl.load(dt_weight + (i_k * E + o_r)[:, None] * R + o_q[None, :], mask=(o_r < E)[:, None] & m_q, other=0.0).to(
+        tl.float32
+    )
     b_W *= LOG2E
     b_high = b_W.to(DOT)
     b_low = (b_W - b_high.to(tl.float32)).to(DOT)
