@@ -327,7 +327,7 @@ def linear_kernel(
 
 @triton.jit
 def _load_shares(rows, m_rows, o_k, m_k):
-    """Numbers of rows (pointers to their first, (8, R)) as lanes of a product want them, (4, 8, SHARES, R, TILES, 4)."""
+    """Numbers of rows (pointers to their first, (8, R)) as a product's lanes want them, (4, 8, SHARES, R, TILES, 4)."""
     m = m_rows[None, :, None, :, None, None] & m_k
     return tl.load(rows[None, :, None, :, None, None] + o_k, mask=m, other=0.0)
 
@@ -358,11 +358,12 @@ def linear_few_kernel(
 ):  # fmt: skip
     """out = act(norm(x) weight.T (+ bias)) (+ residual): a tile of BM rows and BN columns, for few rows.
 
-    Made for latency: much of what a program reads is under way at once, and nothing goes through shared memory but sums.
-    x (PARTS, M, K), their sum; the rest as in `linear_kernel`. The numbers of a row are cut into SHARES, one a warp, and
-    a share is taken TILES times 16 numbers at once; where there is a NORM or are several PARTS, that is all of it. Which
-    of the 16 numbers a product calls the first is free, if both factors agree: here a lane takes 4 neighbours, so that
-    it loads them from memory as the tensor cores want them. Grid: (tiles,), those of the same rows one after another.
+    Made for latency: much of what a program reads is under way at once, and nothing but sums goes through shared
+    memory. x (PARTS, M, K), their sum; LayerNorm of it where NORM; the rest as in `linear_kernel`. The numbers of a row
+    are cut into SHARES, one a warp, and a share is taken TILES times 16 numbers at once; where there is a NORM or are
+    several PARTS, that is all of it. Which of the 16 numbers a product calls the first is free, if both factors agree:
+    here a lane takes 4 neighbours, so that it loads them from memory as the tensor cores want them. Grid: (tiles,),
+    those of the same rows one after another.
     """
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     SHARE: tl.constexpr = (K + SHARES - 1) // SHARES

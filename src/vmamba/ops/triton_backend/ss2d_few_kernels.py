@@ -1,13 +1,13 @@
 """The fused SS2D forward for N = 1 and few walks: a whole walk, or a long piece of one, by several warps at once.
 
 One program walks one route for 16 channels. A tile is (8, Y, S, 2): groups of two channels, Y = 4 times the warps runs
-of S steps each, the steps of a run, channels of a group. The first two axes are the lanes and warps, the others are in a
-lane's registers. A lane walks its run from zero, the runs are composed over lanes and warps, and a lane walks its run
+of S steps each, the steps of a run, channels of a group. The first two axes are the lanes and warps, the others are in
+a lane's registers. A lane walks its run from zero, the runs are composed over lanes and warps, and a lane walks its run
 once more from the right state. With 8 warps and 8 steps a tile is 256 steps, all of a 14 x 14 map: no table of pixels,
 no segments, one launch, and what it takes is the latency of its loads and of one exchange.
 
-The product that makes delta has its columns numbered as the tensor cores hand them out (two neighbours to a lane, 8 to a
-warp), so that a lane receives the steps of its own run. Names as in `ss2d_tiles`.
+The product that makes delta has its columns numbered as the tensor cores hand them out (two neighbours to a lane, 8 to
+a warp), so that a lane receives the steps of its own run. Names as in `ss2d_tiles`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def ss2d_few_kernel(
     """Walk one segment, G tiles, of one route for 16 channels: y (K, B, L, E) by pixels.
 
     Grid: B * n_segments * K * ceil(E / 16), channel blocks fastest. ROUTES holds two bits a route: 1 by columns, 2
-    reversed. LOG: A is log(-A). SPLIT: there are several segments, and a first launch with ENDS leaves for each the state
-    that it would end with from zero in ends (B, K, n_segments, E) and the sum of d2, its total decay, in sums. LOOP: G > 1.
+    reversed. LOG: A is log(-A). SPLIT: there are several segments, and a first launch with ENDS leaves for each the
+    state that it would end with from zero in ends (B, K, n_segments, E) and the sum of d2, its total decay, in sums.
+    LOOP: G > 1.
     """
     C: tl.constexpr = 16
     Y: tl.constexpr = 4 * WARPS

@@ -135,7 +135,8 @@ def ss2d_forward_kernel(
     L2. A segment is G tiles. With n_segments > 1 a first launch with ENDS leaves, for each segment, in carry the
     state that it would end with from zero, and the sum of d2, which is its total decay; the second takes both and
     starts each segment from the right state. For N > 1 the states between tiles live in carry (B, K, n_segments, N,
-    E). KINDS holds two bits a route: 0 by the table, 1 rows forward, 2 rows reversed; BODIES says which kinds occur. LOG, for N = 1: A is log(-A).
+    E). KINDS holds two bits a route: 0 by the table, 1 rows forward, 2 rows reversed; BODIES says which kinds occur.
+    LOG, for N = 1: A is log(-A).
     """
     n_c: tl.constexpr = (E + C - 1) // C
     i = tl.program_id(0)
