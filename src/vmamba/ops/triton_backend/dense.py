@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..training import plain_norm_mlp
 from .dense_kernels import (
+    linear_few_kernel,
     linear_kernel,
     linear_resident_kernel,
     mlp_kernel,
@@ -23,7 +24,7 @@ from .dense_kernels import (
     norm_kernel,
 )
 
-__all__ = ["layer_norm", "linear_residual", "norm_linear", "norm_mlp", "norm_mlp_kept"]
+__all__ = ["layer_norm", "linear", "linear_residual", "norm_linear", "norm_mlp", "norm_mlp_kept"]
 
 _COMPUTED = (torch.bfloat16, torch.float16)
 _STREAMS = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +33,8 @@ _STREAMS = (torch.float32, torch.bfloat16, torch.float16)
 # once for each of its rows' tiles. Measured with one image: all stages of VMamba-T are below both limits.
 _FEW_ROWS = 4096
 _FEW_ROWS_BYTES = 48 * 1024 * 1024
+# Up to so many channels a program of few rows makes the norm of its rows itself: a launch of 2 us less.
+_FEW_NORM = 1024
 # From this depth on, products of many rows are left to the library: 25088x384x384 takes it 0.016 ms, the kernel here
 # 0.022; 1536 to 384 0.044 and about 0.014 for the residual sum after it, the kernel 0.064.
 _LIBRARY_DEPTH = 384
@@ -46,6 +49,15 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     depth: int = 64  # numbers of a row that a product takes at a time, where it does not take all
+
+
+class FewTile(NamedTuple):
+    """How `linear_few_kernel` cuts its work: rows and columns of a program, its warps, 16s of a share at once."""
+
+    rows: int
+    columns: int
+    warps: int
+    tiles: int
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -84,8 +96,8 @@ def norm_linear(
     if M == 0:
         return out
     norm = (norm_weight, norm_bias, eps)
-    if _few(M, N, C) and C <= 128:
-        _linear(x, weight, bias, out, norm=norm)
+    if _few(M, N, C) and C <= _FEW_NORM:
+        _linear_few(x, weight, bias, out, norm=norm)
     elif not _few(M, N, C) and _resident_share(C, N):
         _linear_resident(x, weight, bias, out, norm=norm)
     else:
@@ -111,11 +123,13 @@ def norm_mlp(
         return out
     few = _few(M, N, C)
     hidden = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
-    if few and C <= 128:
-        _linear(x, w1.contiguous(), b1, hidden, norm=norm, gelu=True)
+    if few and C <= _FEW_NORM:
+        _linear_few(x, w1.contiguous(), b1, hidden, norm, gelu=True)
+    elif few:
+        _linear_few(layer_norm(x, *norm, dtype), w1.contiguous(), b1, hidden, gelu=True)
     else:
         # where each of many tiles would round the weights again, they are rounded once
-        _linear(layer_norm(x, *norm, dtype), (w1 if few else w1.to(dtype)).contiguous(), b1, hidden, gelu=True)
+        _linear(layer_norm(x, *norm, dtype), w1.to(dtype).contiguous(), b1, hidden, gelu=True)
     _product(hidden, w2.contiguous(), b2, out, residual=x)
     return out
 
@@ -171,6 +185,22 @@ def _mlp(
     return True
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, (..., K) to (..., N), in x's dtype, bf16 or fp16; weight (N, K). Raises as `norm_linear` does."""
+    _check(x, x.dtype, (weight, None))
+    x, weight = x.contiguous(), weight.contiguous()
+    (N, K), M = weight.shape, x.numel() // x.shape[-1]
+    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    if M == 0:
+        return out
+    if _few(M, N, K):
+        _linear_few(x, weight, None, out)
+    else:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            torch.mm(x.view(M, K), weight.to(x.dtype).t(), out=out.view(M, N))
+    return out
+
+
 def linear_residual(y: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, out_dtype: torch.dtype) -> Tensor:
     """residual + y @ weight.T (+ bias), the product in y's dtype, (..., N) in out_dtype.
 
@@ -190,6 +220,35 @@ def linear_residual(y: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         _linear_resident(y, weight, bias, out, residual=residual)
     elif M > 0:
         _product(y, weight, bias, out, residual=residual)
+    return out
+
+
+def takes_parts(x: Tensor, weight: Tensor) -> bool:
+    """Whether `norm_linear_residual` takes maps like x (..., K) to (..., N); weight (N, K)."""
+    N, K = weight.shape
+    return K <= _FEW_NORM and _few(x.numel() // K, N, K)
+
+
+def norm_linear_residual(
+    parts: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+) -> Tensor:
+    """residual + LayerNorm(sum of parts) @ weight.T (+ bias), in residual's dtype, where `takes_parts`.
+
+    parts (P, ..., K) in bf16 or fp16; norm_weight, norm_bias (K,); weight (N, K); bias (N,); residual (..., N).
+    """
+    _check(parts, parts.dtype, (norm_weight, norm_bias), (weight, bias), out_dtype=residual.dtype)
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    norm = (norm_weight, norm_bias, eps)
+    _linear_few(
+        parts.contiguous(), weight.contiguous(), bias, out, norm, residual=residual.contiguous(),
+        parts=parts.shape[0], dtype=parts.dtype,
+    )  # fmt: skip
     return out
 
 
@@ -264,7 +323,7 @@ def _product(x: Tensor, weight: Tensor, bias, out: Tensor, residual: Tensor | No
     """x @ weight.T + bias + residual into out."""
     (N, K), M = weight.shape, x.numel() // x.shape[-1]
     if _few(M, N, K):
-        _linear(x, weight, bias, out, residual=residual)
+        _linear_few(x, weight, bias, out, residual=residual)
     elif K < _LIBRARY_DEPTH:
         _linear(x, weight.to(x.dtype), bias, out, residual=residual)
     else:
@@ -283,27 +342,48 @@ def _product(x: Tensor, weight: Tensor, bias, out: Tensor, residual: Tensor | No
                 torch.add(residual, y, out=out)
 
 
-def _linear(x: Tensor, weight: Tensor, bias, out: Tensor, norm=None, gelu: bool = False, residual=None) -> None:
-    """act(norm(x) @ weight.T + bias) + residual into out."""
+def _linear_few(
+    x: Tensor, weight: Tensor, bias, out: Tensor, norm=None, gelu: bool = False, residual=None, parts: int = 1,
+    dtype: torch.dtype | None = None, tile: FewTile | None = None,
+) -> None:  # fmt: skip
+    """act(norm(x) @ weight.T + bias) + residual into out, for few rows; x (parts, rows, K), their sum.
+
+    Computed in dtype: if not given, that of out after a norm, else that of x.
+    """
     N, K = weight.shape
-    M = x.numel() // K
-    tile = _linear_tile(M, N, K)
-    dtype = x.dtype if norm is None else out.dtype
+    M = x.numel() // (parts * K)
+    tile = tile or _few_tile(M, N, K, whole=norm is not None or parts > 1)
+    dtype = dtype or (x.dtype if norm is None else out.dtype)
     norm_weight, norm_bias, eps = norm or (weight, weight, 0.0)
-    linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+    linear_few_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         x, norm_weight, norm_bias, eps, weight, weight if bias is None else bias,
         out if residual is None else residual, out, M,
-        K, N, norm is not None, bias is not None, gelu, residual is not None, triton.next_power_of_2(K),
-        tile.rows, tile.columns, tile.depth, tile.stages, _dot_type(dtype, x), dtype == torch.float16,
-        num_warps=tile.warps,
+        K, N, parts, norm is not None, bias is not None, gelu, residual is not None,
+        tile.warps, tile.tiles, tile.rows, tile.columns, _dot_type(dtype, x), dtype == torch.float16,
+        num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
 
 
-def _linear_tile(M: int, N: int, K: int) -> Tile:
-    if not _few(M, N, K):
-        return Tile(rows=128, columns=128, warps=8, stages=3)
-    rows = _few_rows(M)
-    return Tile(rows=rows, columns=2 * rows, warps=4, stages=4)
+def _few_tile(M: int, N: int, K: int, whole: bool) -> FewTile:
+    """whole: a program takes all K numbers of a row at once, up to `_FEW_NORM` of them."""
+    warps = 4 if K <= 128 else 8
+    tiles = triton.next_power_of_2(triton.cdiv(triton.cdiv(K, warps), 16))
+    rows = 16 if M <= 64 or (whole and K > 512) else 32
+    columns = 16 if K > 512 and whole else 32
+    return FewTile(rows, columns, warps, tiles if whole else min(tiles, 4))
+
+
+def _linear(x: Tensor, weight: Tensor, bias, out: Tensor, gelu: bool = False, residual=None) -> None:
+    """act(x @ weight.T + bias) + residual into out."""
+    N, K = weight.shape
+    M = x.numel() // K
+    tile = Tile(rows=128, columns=128, warps=8, stages=3)
+    linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+        x, weight, weight if bias is None else bias, out if residual is None else residual, out, M,
+        K, N, bias is not None, gelu, residual is not None,
+        tile.rows, tile.columns, tile.depth, tile.stages, _dot_type(x.dtype, x), x.dtype == torch.float16,
+        num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def _multiprocessors(x: Tensor) -> int:
