@@ -33,11 +33,14 @@ _STREAMS = (torch.float32, torch.bfloat16, torch.float16)
 # once for each of its rows' tiles. Measured with one image: all stages of VMamba-T are below both limits.
 _FEW_ROWS = 4096
 _FEW_ROWS_BYTES = 48 * 1024 * 1024
-# Up to so many channels a program of few rows makes the norm of its rows itself: a launch of 2 us less.
+# Up to so many channels a program of few rows makes the norm of its rows itself: a launch of 2 us less. Up to half as
+# many where there are more columns than channels, whose programs all make it: 49x768x3072 22.8 us, with a launch 17.9.
 _FEW_NORM = 1024
 # From this depth on, products of many rows are left to the library: 25088x384x384 takes it 0.016 ms, the kernel here
 # 0.022; 1536 to 384 0.044 and about 0.014 for the residual sum after it, the kernel 0.064.
 _LIBRARY_DEPTH = 384
+# From so many rows on they are enough for the kernel that holds all of an MLP's weights, which takes 9 us for 128 rows.
+_RESIDENT_ROWS = 2048
 _RESIDENT_BYTES = 160 * 1024  # of weights in shared memory; 227 KB a multiprocessor, the rest for rows on their way
 
 
@@ -123,7 +126,7 @@ def norm_mlp(
         return out
     few = _few(M, N, C)
     hidden = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
-    if few and C <= _FEW_NORM:
+    if few and C <= _FEW_NORM // 2:
         _linear_few(x, w1.contiguous(), b1, hidden, norm, gelu=True)
     elif few:
         _linear_few(layer_norm(x, *norm, dtype), w1.contiguous(), b1, hidden, gelu=True)
@@ -160,10 +163,10 @@ def _mlp(
     """The whole MLP as one kernel into out, and hidden where it is given; False where that does not pay."""
     (N, C), M = w1.shape, x.numel() // x.shape[-1]
     parts = _parts(C)
-    if _few(M, N, C) or not parts or N % 64:
-        return False
     resident = 4 * C * N <= _RESIDENT_BYTES
-    if not resident and C > 192:
+    if not parts or N % 64 or (not resident and C > 192):
+        return False
+    if _few(M, N, C) and (not resident or M < _RESIDENT_ROWS):
         return False
     tile = Tile(rows=128, columns=64, warps=8, stages=2 if resident else 3)
     tensors = (out, out if hidden is None else hidden, out if scale is None else scale)
@@ -365,12 +368,22 @@ def _linear_few(
 
 
 def _few_tile(M: int, N: int, K: int, whole: bool) -> FewTile:
-    """whole: a program takes all K numbers of a row at once, up to `_FEW_NORM` of them."""
+    """The best, or nearly, of those measured for one image through VMamba-T, 196x384x1536 to 784x768x192 among them.
+
+    whole: a program takes all K numbers of a row at once, up to `_FEW_NORM` of them.
+    """
+    if whole:
+        warps = 4 if K <= 512 else 8
+        tiles = triton.next_power_of_2(triton.cdiv(triton.cdiv(K, warps), 16))
+        return FewTile(32 if M * N >= 500_000 else 16, 32, warps, tiles)
+    if K <= 128 or M >= 2048:
+        rows, columns = 32, 32
+    elif N <= 256:
+        rows, columns = 32 if M >= 512 else 16, 16
+    else:
+        rows, columns = 32, 16 if M <= 64 else 32
     warps = 4 if K <= 128 else 8
-    tiles = triton.next_power_of_2(triton.cdiv(triton.cdiv(K, warps), 16))
-    rows = 16 if M <= 64 or (whole and K > 512) else 32
-    columns = 16 if K > 512 and whole else 32
-    return FewTile(rows, columns, warps, tiles if whole else min(tiles, 4))
+    return FewTile(rows, columns, warps, min(4, triton.next_power_of_2(triton.cdiv(K, 16 * warps))))
 
 
 def _linear(x: Tensor, weight: Tensor, bias, out: Tensor, gelu: bool = False, residual=None) -> None:
