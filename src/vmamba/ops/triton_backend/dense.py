@@ -33,8 +33,8 @@ _STREAMS = (torch.float32, torch.bfloat16, torch.float16)
 # once for each of its rows' tiles. Measured with one image: all stages of VMamba-T are below both limits.
 _FEW_ROWS = 4096
 _FEW_ROWS_BYTES = 48 * 1024 * 1024
-# Up to so many channels a program of few rows makes the norm of its rows itself: a launch of 2 us less. Up to half as
-# many where there are more columns than channels, whose programs all make it: 49x768x3072 22.8 us, with a launch 17.9.
+# Up to so many channels a program of few rows makes the norm of its rows itself: a launch of 2 us less. Not in an MLP,
+# where programs are many: 196x384x1536 14.2 us.
 _FEW_NORM = 1024
 # From this depth on, products of many rows are left to the library: 25088x384x384 takes it 0.016 ms, the kernel here
 # 0.022; 1536 to 384 0.044 and about 0.014 for the residual sum after it, the kernel 0.064.
@@ -63,8 +63,13 @@ class FewTile(NamedTuple):
     tiles: int
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm over the last dimension of x (..., C), mean and variance in fp32, in dtype."""
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, shift: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """LayerNorm over the last dimension of x (..., C), mean and variance in fp32, in dtype.
+
+    shift: a row (C,) and where to put x plus it, a tensor like x.
+    """
     _check(x, dtype)
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -73,7 +78,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     rows = max(1, 4096 // width)
     if x.numel():
         norm_kernel[(triton.cdiv(x.numel() // C, rows),)](
-            x, weight, bias, eps, out, x.numel() // C, C, width, rows, num_warps=4
+            x, weight, bias, eps, out, *(shift or (bias, out)), x.numel() // C,
+            C, width, rows, shift is not None, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -126,14 +132,15 @@ def norm_mlp(
         return out
     few = _few(M, N, C)
     hidden = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
-    if few and C <= _FEW_NORM // 2:
-        _linear_few(x, w1.contiguous(), b1, hidden, norm, gelu=True)
-    elif few:
-        _linear_few(layer_norm(x, *norm, dtype), w1.contiguous(), b1, hidden, gelu=True)
+    # a library's product that adds to what is there already spares a pass for the residual sum
+    is_shifted = not few and N >= _LIBRARY_DEPTH and x.dtype == out_dtype == dtype
+    normed = layer_norm(x, *norm, dtype, shift=(b2, out) if is_shifted else None)
+    # where each of many tiles would round the weights again, they are rounded once
+    _linear(normed, (w1 if few else w1.to(dtype)).contiguous(), b1, hidden, gelu=True)
+    if is_shifted:
+        _add_product(hidden, w2, out)
     else:
-        # where each of many tiles would round the weights again, they are rounded once
-        _linear(layer_norm(x, *norm, dtype), w1.to(dtype).contiguous(), b1, hidden, gelu=True)
-    _product(hidden, w2.contiguous(), b2, out, residual=x)
+        _product(hidden, w2.contiguous(), b2, out, residual=x)
     return out
 
 
@@ -326,16 +333,16 @@ def _product(x: Tensor, weight: Tensor, bias, out: Tensor, residual: Tensor | No
     """x @ weight.T + bias + residual into out."""
     (N, K), M = weight.shape, x.numel() // x.shape[-1]
     if _few(M, N, K):
-        _linear_few(x, weight, bias, out, residual=residual)
+        _linear(x, weight, bias, out, residual=residual)
     elif K < _LIBRARY_DEPTH:
         _linear(x, weight.to(x.dtype), bias, out, residual=residual)
+    elif residual is not None and bias is None and residual.dtype == out.dtype == x.dtype:
+        # the product takes the residual in: 0.036 ms for 25088x384x384, with a sum after it 0.030 + 0.014
+        out.copy_(residual)
+        _add_product(x, weight, out)
     else:
         factors = x.view(M, K), weight.to(x.dtype).t()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if residual is not None and bias is None and residual.dtype == out.dtype == x.dtype:
-                # the product takes the residual in: 0.036 ms for 25088x384x384, with a sum after it 0.030 + 0.014
-                torch.addmm(residual.view(M, N), *factors, out=out.view(M, N))
-                return
             y = out if residual is None else torch.empty(out.shape, dtype=x.dtype, device=x.device)
             if bias is None:
                 torch.mm(*factors, out=y.view(M, N))
@@ -343,6 +350,13 @@ def _product(x: Tensor, weight: Tensor, bias, out: Tensor, residual: Tensor | No
                 torch.addmm(bias.to(x.dtype), *factors, out=y.view(M, N))
             if residual is not None:
                 torch.add(residual, y, out=out)
+
+
+def _add_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out += x @ weight.T by the library, all in one dtype but the weight."""
+    rows = out.view(-1, out.shape[-1])
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        torch.addmm(rows, x.view(-1, x.shape[-1]), weight.to(x.dtype).t(), out=rows)
 
 
 def _linear_few(
@@ -390,7 +404,11 @@ def _linear(x: Tensor, weight: Tensor, bias, out: Tensor, gelu: bool = False, re
     """act(x @ weight.T + bias) + residual into out."""
     N, K = weight.shape
     M = x.numel() // K
-    tile = Tile(rows=128, columns=128, warps=8, stages=3)
+    if _few(M, N, K):
+        # loads on their way through shared memory: 196x384x1536 about 6 us, by `linear_few_kernel` 12
+        tile = Tile(rows=_few_rows(M), columns=2 * _few_rows(M), warps=4, stages=4)
+    else:
+        tile = Tile(rows=128, columns=128, warps=8, stages=3)
     linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         x, weight, weight if bias is None else bias, out if residual is None else residual, out, M,
         K, N, bias is not None, gelu, residual is not None,

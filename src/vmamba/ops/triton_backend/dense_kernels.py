@@ -296,15 +296,22 @@ def linear_resident_kernel(
 
 @kernel(do_not_specialize=["M"])
 def norm_kernel(
-    x, weight, bias, eps, out, M, C: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr
+    x, weight, bias, eps, out, shift, shifted, M,
+    C: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """out = LayerNorm(x) of BM rows. x, out (M, C); WIDTH is C or the next power of two. Grid: (tiles of BM rows,)."""
+    """out = LayerNorm(x) of BM rows. x, out (M, C); WIDTH is C or the next power of two. Grid: (tiles of BM rows,).
+
+    SHIFT: shifted = x + shift too, (M, C) and (C,).
+    """
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_c = tl.arange(0, WIDTH)
     m_c = o_c < C
     m = (o_m < M)[:, None] & m_c[None, :]
     o = o_m.to(tl.int64)[:, None] * C + o_c[None, :]
     b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+    if SHIFT:
+        b_shift = tl.load(shift + o_c, mask=m_c, other=0.0).to(tl.float32)
+        tl.store(shifted + o, (b_x + b_shift[None, :]).to(shifted.dtype.element_ty), mask=m)
     b_x = tl.where(m_c[None, :], b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)
     b_x *= tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / C) + eps)[:, None]
     b_weight = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
