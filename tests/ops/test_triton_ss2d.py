@@ -24,12 +24,13 @@ pytestmark = [
 BF16_UNITS = 2 if INTERPRETED else 1
 
 
-@pytest.fixture(autouse=True, params=[1, 384])
-def least_channels_of_the_kernel_for_one_state(request, monkeypatch):
-    """Every test with either kernel for N = 1."""
+@pytest.fixture(autouse=True, params=["exchange", "four walkers", "narrow"])
+def kernel_for_one_state(request, monkeypatch):
+    """Every test with each of the kernels for N = 1."""
     from vmamba.ops.triton_backend import ss2d
 
-    monkeypatch.setattr(ss2d, "_OWN_KERNEL", request.param)
+    monkeypatch.setattr(ss2d, "_OWN_KERNEL", 1 if request.param == "four walkers" else 1 << 20)
+    monkeypatch.setattr(ss2d, "_NARROW", 99 if request.param == "narrow" else 0)
 
 
 def check(problem, routes="cross2d", keep=True) -> None:

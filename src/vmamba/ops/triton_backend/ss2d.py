@@ -22,6 +22,7 @@ from .ss2d_backward_kernels import (
 )
 from .ss2d_few_kernels import ss2d_few_kernel
 from .ss2d_forward_kernels import merge_kernel, ss2d_forward_kernel, table_kernel
+from .ss2d_narrow_kernels import ss2d_forward_narrow_kernel
 from .ss2d_one_kernels import ss2d_forward_one_kernel, sum_kernel, sum_norm_kernel
 from .ss2d_states import Plan, states_outputs
 
@@ -38,7 +39,9 @@ _PRODUCTS = 165
 # From so many states a walk goes step by step, its states in registers (56x56x192, N = 16: 2.4 ms instead of 4.4).
 _MANY = 16
 
-# N = 1 has a kernel of its own, faster where lanes can share what they load: from so many channels
+# N = 1 has a kernel of its own for codes of so many numbers: 56x56x96, R = 6, 0.347 ms instead of 0.413
+_NARROW = 6
+# and one, faster where lanes can share what they load: from so many channels
 _OWN_KERNEL = 384
 _WARPS = 1056  # two for each scheduler
 
@@ -329,10 +332,22 @@ def _walk_outputs(
         A, log = -torch.exp(A.float()), False
     if A.shape[1] >= _MANY:
         return states_outputs(x, p, dt_weight, dt_bias, A, D, routes, states, keep)
-    plan = _Plan(x, p, dt_weight, A, routes, 64 if x.shape[3] % 64 == 0 else 32)
+    is_narrow = A.shape[1] == 1 and dt_weight.shape[2] <= _NARROW
+    plan = _Plan(x, p, dt_weight, A, routes, 64 if x.shape[3] % 64 == 0 and not is_narrow else 32)
     carry, ends, sums = plan.segment_buffers(x.device)
     parts = torch.empty((plan.B, plan.K, plan.steps, plan.E), dtype=x.dtype, device=x.device)
     arguments = (x, p, dt_weight, dt_bias, A, D, plan.table(x), parts, states)
+    if is_narrow:
+        sizes, constants = plan.sizes[1:], _narrow_constants(plan, p)
+        if plan.segments > 1:
+            ss2d_forward_narrow_kernel[plan.grid](
+                *arguments, ends, sums, *sizes, **constants, LOG=log, KEEP=False, ENDS=True
+            )
+        # storing states raises 156 registers to 206, and then nine programs a multiprocessor run instead of twelve
+        ss2d_forward_narrow_kernel[plan.grid](
+            *arguments, ends, sums, *sizes, **constants, LOG=log, KEEP=keep, ENDS=False, maxnreg=168 if keep else None
+        )
+        return plan, parts
     if plan.segments > 1:
         ss2d_forward_kernel[plan.grid](
             *arguments, ends, ends, sums, *plan.sizes, **plan.constants, LOG=log, KEEP=False, ENDS=True
@@ -341,6 +356,17 @@ def _walk_outputs(
         *arguments, carry, ends, sums, *plan.sizes, **plan.constants, LOG=log, KEEP=keep, ENDS=False
     )
     return plan, parts
+
+
+def _narrow_constants(plan: _Plan, p: Tensor) -> dict[str, object]:
+    """What `ss2d_forward_narrow_kernel` is compiled for."""
+    pack = p.element_size() == 2 and plan.R % 2 == 0
+    names = ("K", "E", "R", "S", "KINDS", "BODIES", "EXACT", "num_warps", "num_stages")
+    return {name: plan.constants[name] for name in names} | {
+        "QP": triton.next_power_of_2(plan.R),
+        "PACK": pack,
+        "VEC": math.gcd((plan.R + 2) // 2 if pack else plan.R + 2, 4),
+    }
 
 
 def ss2d_norm_forward(
