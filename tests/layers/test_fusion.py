@@ -15,7 +15,8 @@ from vmamba.ops import inference, joining
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OPERATORS = ("norm_linear", "norm_mlp", "linear_residual", "ss2d_norm", "conv_norm_gelu", "conv_norm")
+OPERATORS = ("norm_linear", "norm_mlp", "depthwise_silu", "ss2d_residual", "conv_norm_gelu", "conv_norm")
+GATED = ("norm_linear", "linear_residual", "depthwise_silu", "ss2d_norm", "conv_norm_gelu", "conv_norm")
 
 
 @pytest.fixture
@@ -81,8 +82,9 @@ def test_the_operators_are_counted_as_what_they_compute(anywhere, monkeypatch):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize(("operators", "gate"), [(OPERATORS, False), (GATED, True)])
 @torch.no_grad()
-def test_they_are_taken_under_torch_compile(monkeypatch):
+def test_they_are_taken_under_torch_compile(monkeypatch, operators, gate):
     table = inference.BACKENDS
     monkeypatch.setitem(table, "portable", table["portable"]._replace(joined=inference.Plain))
     seen = []
@@ -92,10 +94,10 @@ def test_they_are_taken_under_torch_compile(monkeypatch):
         return graph
 
     torch._dynamo.reset()
-    model, x = network(), images(1, 3, 64, 64)
+    model, x = network(ssm_gate=gate, mlp_ratio=0.0 if gate else 4.0), images(1, 3, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
-    assert {f"vmamba.{name}" for name in OPERATORS} <= set(seen)
+    assert {f"vmamba.{name}" for name in operators} <= set(seen)
 
 
 def use_hook(model):

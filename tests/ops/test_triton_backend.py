@@ -46,7 +46,7 @@ def test_states_of_the_1d_scan_are_kept_where_there_is_more_than_one_tile():
 
 @pytest.mark.skipif(interpreter_unusable() is not None, reason=str(interpreter_unusable()))
 @pytest.mark.timeout(960)
-@pytest.mark.parametrize("kernels", ["dense", "ss2d", "ss2d_states", "stem", "scan1d"])
+@pytest.mark.parametrize("kernels", ["dense", "ss2d", "ss2d_few", "ss2d_states", "stem", "scan1d"])
 def test_the_kernels_through_tritons_interpreter(kernels):
     """In a process of its own: Triton asks whether to interpret when it is imported."""
     tests = Path(__file__).with_name(f"test_triton_{kernels}.py")

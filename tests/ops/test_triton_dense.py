@@ -138,6 +138,33 @@ def test_linear_residual(dense, regime, C, stream, out_dtype, dtype):
     check(out, residual + linear(y, weight, b2), residual.double() + linear(y.double(), weight, b2), out_dtype)
 
 
+@pytest.mark.parametrize("K", [13, 40, 96])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(dense, regime, K, dtype):
+    y, (weight, *_) = randn(FEW, K).to(DEVICE, dtype), problem(FEW, K, 20, dtype)[3:]
+    check(dense.linear(y, weight), linear(y, weight, None), linear(y.double(), weight, None), dtype)
+
+
+@pytest.mark.parametrize("tile", [(16, 16, 1, 1), (16, 32, 2, 2), (32, 16, 4, 4)])
+@pytest.mark.parametrize("K", [13, 96])
+def test_few_rows_in_any_tiles(dense, K, tile):
+    y, (weight, bias, *_) = randn(FEW, K).to(DEVICE, torch.float16), problem(FEW, K, 20, torch.float32)[3:]
+    out = torch.empty(FEW, 20, dtype=torch.float16, device=DEVICE)
+    dense._linear_few(y, weight, bias, out, tile=dense.FewTile(*tile))
+    check(out, linear(y, weight, bias), linear(y.double(), weight, bias), torch.float16)
+
+
+@pytest.mark.parametrize("C", [13, 96])
+@pytest.mark.parametrize(("dtype", "stream"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_norm_linear_residual_of_parts(dense, C, dtype, stream):
+    residual, norm_weight, norm_bias, weight, bias, *_ = problem(FEW, C, C, stream)
+    parts = randn(4, FEW, C, seed=9).to(DEVICE, dtype)
+    out = dense.norm_linear_residual(parts, norm_weight, norm_bias, EPS, weight, bias, residual)
+    plain = residual + linear(norm(parts.float().sum(0), norm_weight, norm_bias, dtype), weight, bias)
+    wanted = linear(norm(parts.double().sum(0), norm_weight, norm_bias), weight, bias)
+    check(out, plain, residual.double() + wanted, stream)
+
+
 @pytest.mark.usefixtures("regime")
 def test_weights_already_rounded(dense):
     """The same bits from weights in bf16 as from the same weights in fp32, and from call to call."""

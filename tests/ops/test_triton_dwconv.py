@@ -81,6 +81,20 @@ def test_output_and_every_gradient(kernels, size, dtype, activation, bias):
     check(kernels, x, weight, bias, gy, activation, kernels.Tile(block=128, warps=1, stages=1, programs=6))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [*SIZES, (1, 2, 37, 33)])
+@pytest.mark.parametrize(("activation", "bias"), [("silu", True), ("none", False)])
+def test_few_numbers_with_weights_of_any_dtype(kernels, size, dtype, activation, bias):
+    x, weight, bias = (t if t is None else t.to(DEVICE) for t in arguments(*size, dtype=dtype, bias=bias))
+    wide = torch.promote_types(dtype, torch.float32)
+    found = kernels.conv_forward(x, weight.to(wide), None if bias is None else bias.to(wide), activation)
+    plain = BACKENDS["portable"].conv_forward(x, weight, bias, activation)
+    reference = by_torch(*(t if t is None else t.double() for t in (x, weight, bias)), activation)
+    assert found.dtype == dtype
+    units = BF16_UNITS if dtype == torch.bfloat16 else 1
+    assert error(found, reference) <= units * max(TOLERANCE[dtype], 2 * error(plain, reference))
+
+
 @pytest.mark.parametrize("programs", [1, 7, 1000])
 def test_any_sharing_of_the_rows(kernels, programs):
     size = (3, 4, 5, 8)

@@ -24,12 +24,13 @@ pytestmark = [
 BF16_UNITS = 2 if INTERPRETED else 1
 
 
-@pytest.fixture(autouse=True, params=[1, 384])
-def least_channels_of_the_kernel_for_one_state(request, monkeypatch):
-    """Every test with either kernel for N = 1."""
+@pytest.fixture(autouse=True, params=["exchange", "four walkers", "narrow"])
+def kernel_for_one_state(request, monkeypatch):
+    """Every test with each of the kernels for N = 1."""
     from vmamba.ops.triton_backend import ss2d
 
-    monkeypatch.setattr(ss2d, "_OWN_KERNEL", request.param)
+    monkeypatch.setattr(ss2d, "_OWN_KERNEL", 1 if request.param == "four walkers" else 1 << 20)
+    monkeypatch.setattr(ss2d, "_NARROW", 99 if request.param == "narrow" else 0)
 
 
 def check(problem, routes="cross2d", keep=True) -> None:
@@ -92,16 +93,19 @@ def test_walks_in_segments(monkeypatch, N):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("N", "E"), [(1, 3), (1, 40), (2, 3)])
-def test_the_layer_norm_after_the_scan(N, E, dtype):
-    from vmamba.ops.triton_backend.ss2d import ss2d_norm_forward
+@pytest.mark.parametrize("few", [0, 320])
+def test_the_layer_norm_after_the_scan(monkeypatch, N, E, dtype, few):
+    from vmamba.ops.triton_backend import ss2d
 
     problem = ss2d_problem(2, 3, 5, E, N=N, dtype=dtype)
     generator = torch.Generator().manual_seed(2)
     weight, bias = torch.randn((2, E), generator=generator, dtype=torch.float64)
     y, _ = ss2d_oracle(problem, torch.zeros_like(problem[0]), "cross2d")
     wanted = torch.nn.functional.layer_norm(y, (E,), weight, bias, 1e-5)
+    monkeypatch.setattr(ss2d, "_FEW_TILES", few)
     given = [t.to(DEVICE) for t in problem]
-    found = ss2d_norm_forward(*given, "cross2d", weight.to(DEVICE), bias.to(DEVICE), 1e-5)
+    given[4] = (-given[4]).log()
+    found = ss2d.ss2d_norm_forward(*given, "cross2d", weight.to(DEVICE), bias.to(DEVICE), 1e-5)
     assert found.dtype == dtype
     # of two roundings in bf16, those of the routes and that of y, a norm over few channels can make a little more
     assert error(found.cpu(), wanted) <= 4 * TOLERANCE[dtype]

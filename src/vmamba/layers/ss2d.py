@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.ops import ROUTES, ss2d
-from vmamba.ops.inference import linear_residual, norm_linear, ss2d_norm
+from vmamba.ops.inference import depthwise_silu, linear_residual, norm_linear, ss2d_norm, ss2d_residual
 
 from .act import ACTIVATIONS
 from .conv import ConvNHWC, DepthwiseConv3x3SiLU
@@ -123,10 +122,9 @@ class SS2D(nn.Module):
         h = norm_linear(x, norm.weight, norm.bias, norm.eps, self.in_proj.weight, self.in_proj.bias, dtype)
         if self.gate:
             h, z = h.chunk(2, dim=-1)
-        h = self.conv(h)
-        p = F.linear(h, self.x_proj_weight.flatten(0, 1).to(dtype))
-        weights = (self.dt_weight, self.dt_bias, self._A(), self.D)
-        y = ss2d_norm(h, p, *weights, self.routes, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
+        norm, out = self.out_norm, self.out_proj
+        weights = (self.x_proj_weight, self.dt_weight, self.dt_bias, self.A_log, self.D, self.routes)
+        scan = (depthwise_silu(h, self.conv.weight, self.conv.bias), *weights, norm.weight, norm.bias, norm.eps)
         if self.gate:
-            y = y * self.gate_act(z)
-        return linear_residual(y, self.out_proj.weight, self.out_proj.bias, x)
+            return linear_residual(ss2d_norm(*scan) * self.gate_act(z), out.weight, out.bias, x)
+        return ss2d_residual(*scan, out.weight, out.bias, x)

@@ -17,16 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import convolution
 from .dispatch import BACKENDS, choose
 from .library import ss2d_flops
 
 __all__ = [
     "conv_norm",
     "conv_norm_gelu",
+    "depthwise_silu",
     "linear_residual",
     "norm_linear",
     "norm_mlp",
     "ss2d_norm",
+    "ss2d_residual",
 ]
 
 
@@ -66,23 +69,54 @@ def linear_residual(y: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     return torch.ops.vmamba.linear_residual(y, weight, bias, residual)
 
 
+def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(conv(x) + bias), depthwise 3x3, padded by 1: (B, H, W, E) in x's dtype; weight (E, 1, 3, 3), bias (E,)."""
+    return torch.ops.vmamba.depthwise_silu(x, weight, bias)
+
+
 def ss2d_norm(
     x: Tensor,
-    p: Tensor,
+    x_proj_weight: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor,
     routes: str,
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """LayerNorm of what the 2-D scan gives, (B, H, W, E) in x's dtype.
+    """LayerNorm of what the 2-D scan gives, (B, H, W, E) in x's dtype, in which x is projected too.
 
-    p (B, H, W, K(R + 2N)) holds all routes' projections of x; the rest as in `ss2d`.
+    A_log (K*E, N) is log(-A); the rest as in `ss2d`.
     """
-    return torch.ops.vmamba.ss2d_norm(x, p, dt_weight, dt_bias, A, D, routes, norm_weight, norm_bias, eps)
+    return torch.ops.vmamba.ss2d_norm(
+        x, x_proj_weight, dt_weight, dt_bias, A_log, D, routes, norm_weight, norm_bias, eps
+    )
+
+
+def ss2d_residual(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    routes: str,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+) -> Tensor:
+    """residual + ss2d_norm(x, ...) weight^T + bias: x (B, H, W, E), residual (B, H, W, C), in the latter's dtype.
+
+    weight (C, E), bias (C,) or None; the rest as in `ss2d_norm`.
+    """
+    return torch.ops.vmamba.ss2d_residual(
+        x, x_proj_weight, dt_weight, dt_bias, A_log, D, routes, norm_weight, norm_bias, eps, weight, bias, residual
+    )
 
 
 def conv_norm_gelu(
@@ -136,9 +170,21 @@ class Plain:
         return residual + F.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
 
     @staticmethod
-    def ss2d_norm(x, p, dt_weight, dt_bias, A, D, routes, norm_weight, norm_bias, eps):
+    def depthwise_silu(x, weight, bias):
+        return convolution.conv(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), "silu")
+
+    @staticmethod
+    def ss2d_norm(x, x_proj_weight, dt_weight, dt_bias, A_log, D, routes, norm_weight, norm_bias, eps):
+        p = F.linear(x, x_proj_weight.flatten(0, 1).to(x.dtype))
+        # fp32 (or better): exp of a rounded A_log would move every time constant
+        A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
         y, _ = torch.ops.vmamba.ss2d_scan(x, p, dt_weight, dt_bias, A, D, routes, "auto", False)
         return _layer_norm(y, norm_weight, norm_bias, eps, x.dtype)
+
+    @staticmethod
+    def ss2d_residual(x, *args):
+        *scan, weight, bias, residual = args
+        return Plain.linear_residual(Plain.ss2d_norm(x, *scan), weight, bias, residual)
 
     @staticmethod
     def conv_norm_gelu(image, weight, bias, norm_weight, norm_bias, eps, dtype):
@@ -157,13 +203,15 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torc
 
 
 _NORM = "Tensor norm_weight, Tensor norm_bias, float eps"
+_SS2D = "Tensor x, Tensor x_proj_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, str routes"
 _SCHEMAS = {
     "norm_linear": f"(Tensor x, {_NORM}, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor",
     "norm_mlp": f"(Tensor x, {_NORM}, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, ScalarType dtype)"
     " -> Tensor",
     "linear_residual": "(Tensor y, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
-    "ss2d_norm": "(Tensor x, Tensor p, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D, str routes,"
-    f" {_NORM}) -> Tensor",
+    "depthwise_silu": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "ss2d_norm": f"({_SS2D}, {_NORM}) -> Tensor",
+    "ss2d_residual": f"({_SS2D}, {_NORM}, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
     "conv_norm_gelu": f"(Tensor image, Tensor weight, Tensor bias, {_NORM}, ScalarType dtype) -> Tensor",
     "conv_norm": f"(Tensor x, Tensor weight, Tensor bias, {_NORM}, ScalarType dtype, ScalarType out_dtype) -> Tensor",
 }
@@ -202,9 +250,20 @@ def _(y, weight, bias, residual):
     return residual.new_empty(residual.shape)
 
 
+@torch.library.register_fake("vmamba::depthwise_silu")
+def _(x, *args):
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("vmamba::ss2d_norm")
 def _(x, *args):
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("vmamba::ss2d_residual")
+def _(x, *args):
+    residual = args[-1]
+    return residual.new_empty(residual.shape)
 
 
 @torch.library.register_fake("vmamba::conv_norm_gelu")
@@ -237,9 +296,20 @@ def _(y, weight, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(y) * weight[0]
 
 
+@register_flop_formula(torch.ops.vmamba.depthwise_silu)
+def _(x, *args, out_shape=None, **kwargs) -> int:
+    return 2 * 9 * math.prod(x)
+
+
 @register_flop_formula(torch.ops.vmamba.ss2d_norm)
-def _(x, p, dt_weight, dt_bias, A, *args, out_shape=None, **kwargs) -> int:
-    return ss2d_flops(x, dt_weight, A)
+def _(x, x_proj_weight, dt_weight, dt_bias, A_log, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x) * math.prod(x_proj_weight[:2]) + ss2d_flops(x, dt_weight, A_log)
+
+
+@register_flop_formula(torch.ops.vmamba.ss2d_residual)
+def _(x, x_proj_weight, dt_weight, dt_bias, A_log, D, *args, out_shape=None, **kwargs) -> int:
+    columns = math.prod(x_proj_weight[:2]) + out_shape[-1]
+    return 2 * math.prod(x) * columns + ss2d_flops(x, dt_weight, A_log)
 
 
 @register_flop_formula([torch.ops.vmamba.conv_norm_gelu, torch.ops.vmamba.conv_norm])

@@ -129,10 +129,31 @@ class Joined:
         return dense.linear_residual(y, weight, bias, residual, residual.dtype)
 
     @staticmethod
-    def ss2d_norm(x, p, dt_weight, dt_bias, A, D, routes, norm_weight, norm_bias, eps):
-        from . import ss2d
+    def depthwise_silu(x, weight, bias):
+        from . import dwconv
 
-        return ss2d.ss2d_norm_forward(x, p, dt_weight, dt_bias, A, D, routes, norm_weight, norm_bias, eps)
+        return dwconv.conv_forward(x, weight, bias, "silu")
+
+    @staticmethod
+    def ss2d_norm(x, x_proj_weight, dt_weight, dt_bias, A_log, D, routes, norm_weight, norm_bias, eps):
+        from . import dense, ss2d
+
+        p = dense.linear(x, x_proj_weight.flatten(0, 1))
+        return ss2d.ss2d_norm_forward(x, p, dt_weight, dt_bias, A_log, D, routes, norm_weight, norm_bias, eps)
+
+    @staticmethod
+    def ss2d_residual(
+        x, x_proj_weight, dt_weight, dt_bias, A_log, D, routes, norm_weight, norm_bias, eps, weight, bias, residual
+    ):
+        from . import dense, ss2d
+
+        p = dense.linear(x, x_proj_weight.flatten(0, 1))
+        scan, norm = (x, p, dt_weight, dt_bias, A_log, D, routes), (norm_weight, norm_bias, eps)
+        if dense.takes_parts(x, weight):
+            parts = ss2d.few_outputs(*scan)
+            if parts is not None:
+                return dense.norm_linear_residual(parts, *norm, weight, bias, residual)
+        return dense.linear_residual(ss2d.ss2d_norm_forward(*scan, *norm), weight, bias, residual, residual.dtype)
 
     @staticmethod
     def conv_norm_gelu(image, weight, bias, norm_weight, norm_bias, eps, dtype):

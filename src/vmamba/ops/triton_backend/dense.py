@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..training import plain_norm_mlp
 from .dense_kernels import (
+    linear_few_kernel,
     linear_kernel,
     linear_resident_kernel,
     mlp_kernel,
@@ -23,7 +24,7 @@ from .dense_kernels import (
     norm_kernel,
 )
 
-__all__ = ["layer_norm", "linear_residual", "norm_linear", "norm_mlp", "norm_mlp_kept"]
+__all__ = ["layer_norm", "linear", "linear_residual", "norm_linear", "norm_mlp", "norm_mlp_kept"]
 
 _COMPUTED = (torch.bfloat16, torch.float16)
 _STREAMS = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,9 +33,14 @@ _STREAMS = (torch.float32, torch.bfloat16, torch.float16)
 # once for each of its rows' tiles. Measured with one image: all stages of VMamba-T are below both limits.
 _FEW_ROWS = 4096
 _FEW_ROWS_BYTES = 48 * 1024 * 1024
+# Up to so many channels a program of few rows makes the norm of its rows itself: a launch of 2 us less. Not in an MLP,
+# where programs are many: 196x384x1536 14.2 us.
+_FEW_NORM = 1024
 # From this depth on, products of many rows are left to the library: 25088x384x384 takes it 0.016 ms, the kernel here
 # 0.022; 1536 to 384 0.044 and about 0.014 for the residual sum after it, the kernel 0.064.
 _LIBRARY_DEPTH = 384
+# From so many rows on they are enough for the kernel that holds all of an MLP's weights, which takes 9 us for 128 rows.
+_RESIDENT_ROWS = 2048
 _RESIDENT_BYTES = 160 * 1024  # of weights in shared memory; 227 KB a multiprocessor, the rest for rows on their way
 
 
@@ -48,8 +54,22 @@ class Tile(NamedTuple):
     depth: int = 64  # numbers of a row that a product takes at a time, where it does not take all
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm over the last dimension of x (..., C), mean and variance in fp32, in dtype."""
+class FewTile(NamedTuple):
+    """How `linear_few_kernel` cuts its work: rows and columns of a program, its warps, 16s of a share at once."""
+
+    rows: int
+    columns: int
+    warps: int
+    tiles: int
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, shift: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """LayerNorm over the last dimension of x (..., C), mean and variance in fp32, in dtype.
+
+    shift: a row (C,) and where to put x plus it, a tensor like x.
+    """
     _check(x, dtype)
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -58,7 +78,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     rows = max(1, 4096 // width)
     if x.numel():
         norm_kernel[(triton.cdiv(x.numel() // C, rows),)](
-            x, weight, bias, eps, out, x.numel() // C, C, width, rows, num_warps=4
+            x, weight, bias, eps, out, *(shift or (bias, out)), x.numel() // C,
+            C, width, rows, shift is not None, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -84,8 +105,8 @@ def norm_linear(
     if M == 0:
         return out
     norm = (norm_weight, norm_bias, eps)
-    if _few(M, N, C) and C <= 128:
-        _linear(x, weight, bias, out, norm=norm)
+    if _few(M, N, C) and C <= _FEW_NORM:
+        _linear_few(x, weight, bias, out, norm=norm)
     elif not _few(M, N, C) and _resident_share(C, N):
         _linear_resident(x, weight, bias, out, norm=norm)
     else:
@@ -111,12 +132,15 @@ def norm_mlp(
         return out
     few = _few(M, N, C)
     hidden = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
-    if few and C <= 128:
-        _linear(x, w1.contiguous(), b1, hidden, norm=norm, gelu=True)
+    # a library's product that adds to what is there already spares a pass for the residual sum
+    is_shifted = not few and N >= _LIBRARY_DEPTH and x.dtype == out_dtype == dtype
+    normed = layer_norm(x, *norm, dtype, shift=(b2, out) if is_shifted else None)
+    # where each of many tiles would round the weights again, they are rounded once
+    _linear(normed, (w1 if few else w1.to(dtype)).contiguous(), b1, hidden, gelu=True)
+    if is_shifted:
+        _add_product(hidden, w2, out)
     else:
-        # where each of many tiles would round the weights again, they are rounded once
-        _linear(layer_norm(x, *norm, dtype), (w1 if few else w1.to(dtype)).contiguous(), b1, hidden, gelu=True)
-    _product(hidden, w2.contiguous(), b2, out, residual=x)
+        _product(hidden, w2.contiguous(), b2, out, residual=x)
     return out
 
 
@@ -146,10 +170,10 @@ def _mlp(
     """The whole MLP as one kernel into out, and hidden where it is given; False where that does not pay."""
     (N, C), M = w1.shape, x.numel() // x.shape[-1]
     parts = _parts(C)
-    if _few(M, N, C) or not parts or N % 64:
-        return False
     resident = 4 * C * N <= _RESIDENT_BYTES
-    if not resident and C > 192:
+    if not parts or N % 64 or (not resident and C > 192):
+        return False
+    if _few(M, N, C) and (not resident or M < _RESIDENT_ROWS):
         return False
     tile = Tile(rows=128, columns=64, warps=8, stages=2 if resident else 3)
     tensors = (out, out if hidden is None else hidden, out if scale is None else scale)
@@ -171,6 +195,22 @@ def _mlp(
     return True
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, (..., K) to (..., N), in x's dtype, bf16 or fp16; weight (N, K). Raises as `norm_linear` does."""
+    _check(x, x.dtype, (weight, None))
+    x, weight = x.contiguous(), weight.contiguous()
+    (N, K), M = weight.shape, x.numel() // x.shape[-1]
+    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    if M == 0:
+        return out
+    if _few(M, N, K):
+        _linear_few(x, weight, None, out)
+    else:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            torch.mm(x.view(M, K), weight.to(x.dtype).t(), out=out.view(M, N))
+    return out
+
+
 def linear_residual(y: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, out_dtype: torch.dtype) -> Tensor:
     """residual + y @ weight.T (+ bias), the product in y's dtype, (..., N) in out_dtype.
 
@@ -190,6 +230,35 @@ def linear_residual(y: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         _linear_resident(y, weight, bias, out, residual=residual)
     elif M > 0:
         _product(y, weight, bias, out, residual=residual)
+    return out
+
+
+def takes_parts(x: Tensor, weight: Tensor) -> bool:
+    """Whether `norm_linear_residual` takes maps like x (..., K) to (..., N); weight (N, K)."""
+    N, K = weight.shape
+    return K <= _FEW_NORM and _few(x.numel() // K, N, K)
+
+
+def norm_linear_residual(
+    parts: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+) -> Tensor:
+    """residual + LayerNorm(sum of parts) @ weight.T (+ bias), in residual's dtype, where `takes_parts`.
+
+    parts (P, ..., K) in bf16 or fp16; norm_weight, norm_bias (K,); weight (N, K); bias (N,); residual (..., N).
+    """
+    _check(parts, parts.dtype, (norm_weight, norm_bias), (weight, bias), out_dtype=residual.dtype)
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    norm = (norm_weight, norm_bias, eps)
+    _linear_few(
+        parts.contiguous(), weight.contiguous(), bias, out, norm, residual=residual.contiguous(),
+        parts=parts.shape[0], dtype=parts.dtype,
+    )  # fmt: skip
     return out
 
 
@@ -267,13 +336,13 @@ def _product(x: Tensor, weight: Tensor, bias, out: Tensor, residual: Tensor | No
         _linear(x, weight, bias, out, residual=residual)
     elif K < _LIBRARY_DEPTH:
         _linear(x, weight.to(x.dtype), bias, out, residual=residual)
+    elif residual is not None and bias is None and residual.dtype == out.dtype == x.dtype:
+        # the product takes the residual in: 0.036 ms for 25088x384x384, with a sum after it 0.030 + 0.014
+        out.copy_(residual)
+        _add_product(x, weight, out)
     else:
         factors = x.view(M, K), weight.to(x.dtype).t()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if residual is not None and bias is None and residual.dtype == out.dtype == x.dtype:
-                # the product takes the residual in: 0.036 ms for 25088x384x384, with a sum after it 0.030 + 0.014
-                torch.addmm(residual.view(M, N), *factors, out=out.view(M, N))
-                return
             y = out if residual is None else torch.empty(out.shape, dtype=x.dtype, device=x.device)
             if bias is None:
                 torch.mm(*factors, out=y.view(M, N))
@@ -283,27 +352,69 @@ def _product(x: Tensor, weight: Tensor, bias, out: Tensor, residual: Tensor | No
                 torch.add(residual, y, out=out)
 
 
-def _linear(x: Tensor, weight: Tensor, bias, out: Tensor, norm=None, gelu: bool = False, residual=None) -> None:
-    """act(norm(x) @ weight.T + bias) + residual into out."""
+def _add_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out += x @ weight.T by the library, all in one dtype but the weight."""
+    rows = out.view(-1, out.shape[-1])
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        torch.addmm(rows, x.view(-1, x.shape[-1]), weight.to(x.dtype).t(), out=rows)
+
+
+def _linear_few(
+    x: Tensor, weight: Tensor, bias, out: Tensor, norm=None, gelu: bool = False, residual=None, parts: int = 1,
+    dtype: torch.dtype | None = None, tile: FewTile | None = None,
+) -> None:  # fmt: skip
+    """act(norm(x) @ weight.T + bias) + residual into out, for few rows; x (parts, rows, K), their sum.
+
+    Computed in dtype: if not given, that of out after a norm, else that of x.
+    """
     N, K = weight.shape
-    M = x.numel() // K
-    tile = _linear_tile(M, N, K)
-    dtype = x.dtype if norm is None else out.dtype
+    M = x.numel() // (parts * K)
+    tile = tile or _few_tile(M, N, K, whole=norm is not None or parts > 1)
+    dtype = dtype or (x.dtype if norm is None else out.dtype)
     norm_weight, norm_bias, eps = norm or (weight, weight, 0.0)
-    linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+    linear_few_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         x, norm_weight, norm_bias, eps, weight, weight if bias is None else bias,
         out if residual is None else residual, out, M,
-        K, N, norm is not None, bias is not None, gelu, residual is not None, triton.next_power_of_2(K),
-        tile.rows, tile.columns, tile.depth, tile.stages, _dot_type(dtype, x), dtype == torch.float16,
-        num_warps=tile.warps,
+        K, N, parts, norm is not None, bias is not None, gelu, residual is not None,
+        tile.warps, tile.tiles, tile.rows, tile.columns, _dot_type(dtype, x), dtype == torch.float16,
+        num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
 
 
-def _linear_tile(M: int, N: int, K: int) -> Tile:
-    if not _few(M, N, K):
-        return Tile(rows=128, columns=128, warps=8, stages=3)
-    rows = _few_rows(M)
-    return Tile(rows=rows, columns=2 * rows, warps=4, stages=4)
+def _few_tile(M: int, N: int, K: int, whole: bool) -> FewTile:
+    """The best, or nearly, of those measured for one image through VMamba-T, 196x384x1536 to 784x768x192 among them.
+
+    whole: a program takes all K numbers of a row at once, up to `_FEW_NORM` of them.
+    """
+    if whole:
+        warps = 4 if K <= 512 else 8
+        tiles = triton.next_power_of_2(triton.cdiv(triton.cdiv(K, warps), 16))
+        return FewTile(32 if M * N >= 500_000 else 16, 32, warps, tiles)
+    if K <= 128 or M >= 2048:
+        rows, columns = 32, 32
+    elif N <= 256:
+        rows, columns = 32 if M >= 512 else 16, 16
+    else:
+        rows, columns = 32, 16 if M <= 64 else 32
+    warps = 4 if K <= 128 else 8
+    return FewTile(rows, columns, warps, min(4, triton.next_power_of_2(triton.cdiv(K, 16 * warps))))
+
+
+def _linear(x: Tensor, weight: Tensor, bias, out: Tensor, gelu: bool = False, residual=None) -> None:
+    """act(x @ weight.T + bias) + residual into out."""
+    N, K = weight.shape
+    M = x.numel() // K
+    if _few(M, N, K):
+        # loads on their way through shared memory: 196x384x1536 about 6 us, by `linear_few_kernel` 12
+        tile = Tile(rows=_few_rows(M), columns=2 * _few_rows(M), warps=4, stages=4)
+    else:
+        tile = Tile(rows=128, columns=128, warps=8, stages=3)
+    linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+        x, weight, weight if bias is None else bias, out if residual is None else residual, out, M,
+        K, N, bias is not None, gelu, residual is not None,
+        tile.rows, tile.columns, tile.depth, tile.stages, _dot_type(x.dtype, x), x.dtype == torch.float16,
+        num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def _multiprocessors(x: Tensor) -> int:

@@ -296,15 +296,22 @@ def linear_resident_kernel(
 
 @kernel(do_not_specialize=["M"])
 def norm_kernel(
-    x, weight, bias, eps, out, M, C: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr
+    x, weight, bias, eps, out, shift, shifted, M,
+    C: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """out = LayerNorm(x) of BM rows. x, out (M, C); WIDTH is C or the next power of two. Grid: (tiles of BM rows,)."""
+    """out = LayerNorm(x) of BM rows. x, out (M, C); WIDTH is C or the next power of two. Grid: (tiles of BM rows,).
+
+    SHIFT: shifted = x + shift too, (M, C) and (C,).
+    """
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_c = tl.arange(0, WIDTH)
     m_c = o_c < C
     m = (o_m < M)[:, None] & m_c[None, :]
     o = o_m.to(tl.int64)[:, None] * C + o_c[None, :]
     b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+    if SHIFT:
+        b_shift = tl.load(shift + o_c, mask=m_c, other=0.0).to(tl.float32)
+        tl.store(shifted + o, (b_x + b_shift[None, :]).to(shifted.dtype.element_ty), mask=m)
     b_x = tl.where(m_c[None, :], b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)
     b_x *= tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / C) + eps)[:, None]
     b_weight = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -314,16 +321,14 @@ def norm_kernel(
 
 @kernel(do_not_specialize=["M"])
 def linear_kernel(
-    x, norm_weight, norm_bias, eps, weight, bias, residual, out, M,
-    K: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
-    RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, FINE: tl.constexpr,
+    x, weight, bias, residual, out, M,
+    K: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
-    """out = act(norm(x) weight.T (+ bias)) (+ residual): a tile of BM rows and BN columns.
+    """out = act(x weight.T (+ bias)) (+ residual): a tile of BM rows and BN columns.
 
-    x (M, K), weight (N, K), residual and out (M, N), any K and N. Where NORM, norm is a LayerNorm, its means and
-    variances made again by each program of a row; WIDTH is then K or the next power of two. Grid: (tiles,),
-    those of the same rows one after another.
+    x (M, K), weight (N, K), residual and out (M, N), any K and N. Grid: (tiles,), those of the same rows one after
+    another.
     """
     i = tl.program_id(0)
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
@@ -332,13 +337,6 @@ def linear_kernel(
     m_m = (o_m < M)[:, None]
     m_n = o_n < N
     o_m = o_m.to(tl.int64)[:, None]
-    if NORM:
-        o_c = tl.arange(0, WIDTH)
-        m_c = (o_c < K)[None, :]
-        b_x = tl.load(x + o_m * K + o_c[None, :], mask=m_m & m_c, other=0.0).to(tl.float32)
-        b_mean = (tl.sum(b_x, 1) * (1.0 / K))[:, None]
-        b_x = tl.where(m_c, b_x - b_mean, 0.0)
-        b_scale = tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / K) + eps)[:, None]
     b = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(0, K, BK, num_stages=STAGES):
         o_k = k + tl.arange(0, BK)
@@ -346,10 +344,6 @@ def linear_kernel(
             b_a = tl.load(x + o_m * K + o_k[None, :], mask=m_m, other=0.0)
         else:
             b_a = tl.load(x + o_m * K + o_k[None, :], mask=m_m & (o_k < K)[None, :], other=0.0)
-        if NORM:
-            b_weight = tl.load(norm_weight + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-            b_bias = tl.load(norm_bias + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-            b_a = (b_a.to(tl.float32) - b_mean) * b_scale * b_weight[None, :] + b_bias[None, :]
         if K % BK == 0 and N % BN == 0:
             b_w = tl.load(weight + o_n[:, None] * K + o_k[None, :])
         else:
@@ -363,4 +357,94 @@ def linear_kernel(
     o = o_m * N + o_n[None, :]
     if RESIDUAL:
         b += tl.load(residual + o, mask=m, other=0.0).to(tl.float32)
+    tl.store(out + o, b.to(out.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _load_shares(rows, m_rows, o_k, m_k):
+    """Numbers of rows (pointers to their first, (8, R)) as a product's lanes want them, (4, 8, SHARES, R, TILES, 4)."""
+    m = m_rows[None, :, None, :, None, None] & m_k
+    return tl.load(rows[None, :, None, :, None, None] + o_k, mask=m, other=0.0)
+
+
+@triton.jit
+def _as_factor(b, DOT: tl.constexpr):
+    """What `_load_shares` brought as (SHARES, 8 R, 16 TILES) in DOT: the numbers stay in their lanes."""
+    S: tl.constexpr = b.shape[2]
+    R: tl.constexpr = b.shape[3]
+    TILES: tl.constexpr = b.shape[4]
+    b = tl.reshape(b.to(DOT), (4, 8, S, R, TILES, 2, 2))
+    return tl.reshape(tl.permute(b, (2, 3, 1, 4, 5, 0, 6)), (S, 8 * R, 16 * TILES))
+
+
+@triton.jit
+def _sum_of_rows(b):
+    """(1, 8, 1, R, 1, 1): the sum over what (4, 8, SHARES, R, TILES, 4) holds of each row."""
+    b = tl.sum(tl.sum(b, 5, keep_dims=True), 4, keep_dims=True)
+    return tl.sum(tl.sum(b, 0, keep_dims=True), 2, keep_dims=True)
+
+
+@kernel(do_not_specialize=["M"])
+def linear_few_kernel(
+    x, norm_weight, norm_bias, eps, weight, bias, residual, out, M,
+    K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr, RESIDUAL: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DOT: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
+    """out = act(norm(x) weight.T (+ bias)) (+ residual): a tile of BM rows and BN columns, for few rows.
+
+    Made for latency: much of what a program reads is under way at once, and nothing but sums goes through shared
+    memory. x (PARTS, M, K), their sum; LayerNorm of it where NORM; the rest as in `linear_kernel`. The numbers of a row
+    are cut into SHARES, one a warp, and a share is taken TILES times 16 numbers at once; where there is a NORM or are
+    several PARTS, that is all of it. Which of the 16 numbers a product calls the first is free, if both factors agree:
+    here a lane takes 4 neighbours, so that it loads them from memory as the tensor cores want them. Grid: (tiles,),
+    those of the same rows one after another.
+    """
+    BLOCKS: tl.constexpr = (N + BN - 1) // BN
+    SHARE: tl.constexpr = (K + SHARES - 1) // SHARES
+    CHUNKS: tl.constexpr = (SHARE + 16 * TILES - 1) // (16 * TILES)
+    i = tl.program_id(0)
+    i_m, i_n = i // BLOCKS * BM, i % BLOCKS * BN
+    o_g = tl.arange(0, 8)[:, None]
+    o_n = i_n + tl.arange(0, BN // 8)[None, :] * 8 + o_g
+    o_m = i_m + tl.arange(0, BM // 8)[None, :] * 8 + o_g
+    o_w = tl.arange(0, 4)[:, None, None, None, None, None] * 4 + tl.arange(0, 4)
+    o_w += tl.arange(0, TILES)[None, None, None, None, :, None] * 16
+    o_k = o_w + tl.arange(0, SHARES)[None, None, :, None, None, None] * SHARE
+    m_k = (o_w < SHARE) & (o_k < K)
+    p_w = weight + o_n * K
+    p_x = x + o_m.to(tl.int64) * K
+    # weights first: they come from far, while x was written just now
+    b_w = _load_shares(p_w, o_n < N, o_k, m_k)
+    b_x = _load_shares(p_x, o_m < M, o_k, m_k)
+    if PARTS > 1:
+        b_x = b_x.to(tl.float32)
+        for j in tl.static_range(1, PARTS):
+            b_x += _load_shares(p_x + M.to(tl.int64) * (j * K), o_m < M, o_k, m_k).to(tl.float32)
+    o_rows, o_columns = i_m + tl.arange(0, BM)[:, None], i_n + tl.arange(0, BN)[None, :]
+    m = (o_rows < M) & (o_columns < N)
+    o = o_rows.to(tl.int64) * N + o_columns
+    if RESIDUAL:
+        b_residual = tl.load(residual + o, mask=m, other=0.0)
+    if NORM:
+        b_weight = tl.load(norm_weight + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_bias = tl.load(norm_bias + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_x = b_x.to(tl.float32)
+        b_x = tl.where(m_k, b_x - _sum_of_rows(b_x) * (1.0 / K), 0.0)
+        b_x = b_x * tl.rsqrt(_sum_of_rows(b_x * b_x) * (1.0 / K) + eps) * b_weight + b_bias
+    b = tl.zeros((SHARES, BM, BN), tl.float32)
+    for j in tl.static_range(1, CHUNKS + 1):
+        b_a, b_b = _as_factor(b_x, DOT), tl.permute(_as_factor(b_w, DOT), (0, 2, 1))
+        if j < CHUNKS:
+            m_j = (o_w + j * 16 * TILES < SHARE) & (o_k + j * 16 * TILES < K)
+            b_w = _load_shares(p_w, o_n < N, o_k + j * 16 * TILES, m_j)
+            b_x = _load_shares(p_x, o_m < M, o_k + j * 16 * TILES, m_j)
+        b = tl.dot(b_a, b_b, b)
+    b = tl.sum(b, 0)
+    if HAS_BIAS:
+        b += tl.load(bias + o_columns, mask=o_columns < N, other=0.0).to(tl.float32)
+    if GELU:
+        b = gelu(b, FINE)
+    if RESIDUAL:
+        b += b_residual.to(tl.float32)
     tl.store(out + o, b.to(out.dtype.element_ty), mask=m)

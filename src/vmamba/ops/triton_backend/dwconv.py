@@ -54,6 +54,9 @@ FORWARD = Tile(block=256, warps=1, stages=1, programs=2048)
 # likewise 0.206, 0.122 and 0.076 ms in the three large stages (2048 programs: 0.222, 0.128, 0.094; torch: 0.355,
 # 0.258, 0.112)
 BACKWARD = Tile(block=128, warps=1, stages=1, programs=4096)
+# up to so many numbers of x, a few images of the network's sizes, nothing is walked
+_FEW = 2**20
+_FEW_CHANNELS = 32  # of a program, one for each lane of a warp
 
 
 @triton.jit
@@ -159,6 +162,43 @@ def conv_forward_kernel(
         tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=_both(m, m_store))
         y += tl.where(m_store, y_step, 0)
         left, centre, right = next_left.to(SUM), next_centre.to(SUM), next_right.to(SUM)
+
+
+@kernel(do_not_specialize=["H", "W"])
+def conv_few_kernel(
+    x, weight, bias, y, H, W,
+    E: tl.constexpr, PITCH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """y = act(conv(x) + bias) for a part of a row and of the channels, where there is too little to walk.
+
+    All loads are under way at once, and the weight (E, 9) is read as it lies, so no launch before this one lays it
+    out. Shapes as in `conv_forward_kernel`. Grid: B * H * parts of a row * parts of the channels, the last fastest.
+    """
+    N_E: tl.constexpr = (E + CHANNELS - 1) // CHANNELS
+    i = tl.program_id(0)
+    i_e, i = i % N_E, i // N_E
+    n_w = (W + PIXELS - 1) // PIXELS
+    i_w, i_row = i % n_w, i // n_w
+    i_h = i_row % H
+    o_e = i_e * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    o_w = i_w * PIXELS + tl.arange(0, PIXELS)[:, None]
+    m_e = o_e < E
+    x += i_row.to(tl.int64) * W * PITCH + o_w * PITCH + o_e
+    if HAS_BIAS:
+        b_y = tl.load(bias + o_e, mask=m_e, other=0.0).to(SUM)
+    else:
+        b_y = tl.zeros((1, CHANNELS), SUM)
+    for tap in tl.static_range(9):
+        b_w = tl.load(weight + o_e * 9 + tap, mask=m_e, other=0.0).to(SUM)
+        i_x, o_x = i_h + (tap // 3 - 1), o_w + (tap % 3 - 1)
+        m = m_e & (o_x >= 0) & (o_x < W) & (i_x >= 0) & (i_x < H)
+        b_x = tl.load(x + ((tap // 3 - 1) * W + (tap % 3 - 1)) * PITCH, mask=m, other=0.0)
+        b_y = b_y + b_w * b_x.to(SUM)
+    if SILU:
+        b_y *= _sigmoid(b_y)
+    y += (i_row.to(tl.int64) * W + o_w) * E + o_e
+    tl.store(y, b_y.to(y.dtype.element_ty), mask=m_e & (o_w < W))
 
 
 @kernel(do_not_specialize=["H", "W", "n_rows", "n_each"])
@@ -302,8 +342,31 @@ def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, flip: bo
     return y
 
 
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, tile: Tile = FORWARD) -> Tensor:
-    """act(conv(x) + bias) (see `dispatch.Backend`), contiguous."""
+def _convolve_few(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    B, H, W, E = x.shape
+    x, pitch = _pitched(x)
+    weight = weight.contiguous()
+    pixels = min(32, max(8, triton.next_power_of_2(W)))
+    conv_few_kernel[(B * H * triton.cdiv(W, pixels) * triton.cdiv(E, _FEW_CHANNELS),)](
+        x, weight, weight if bias is None else bias, y, H, W,
+        E=E, PITCH=pitch, SILU=silu, HAS_BIAS=bias is not None,
+        SUM=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        PIXELS=pixels, CHANNELS=_FEW_CHANNELS, num_warps=pixels // 8, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
+
+
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, tile: Tile | None = None
+) -> Tensor:  # fmt: skip
+    """act(conv(x) + bias) (see `dispatch.Backend`), contiguous. weight and bias may be of another dtype than x.
+
+    tile: walk down columns in such tiles; otherwise done only where x is not small.
+    """
+    if tile is None and 0 < x.numel() <= _FEW:
+        return _convolve_few(x, weight, bias, activation == "silu")
+    tile = tile or FORWARD
     return _convolve(x, _taps(weight), bias, activation == "silu", False, tile)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,11 +20,13 @@ from .ss2d_backward_kernels import (
     ss2d_backward_kernel,
     sum_parts_kernel,
 )
+from .ss2d_few_kernels import ss2d_few_kernel
 from .ss2d_forward_kernels import merge_kernel, ss2d_forward_kernel, table_kernel
+from .ss2d_narrow_kernels import ss2d_forward_narrow_kernel
 from .ss2d_one_kernels import ss2d_forward_one_kernel, sum_kernel, sum_norm_kernel
 from .ss2d_states import Plan, states_outputs
 
-__all__ = ["ss2d_backward", "ss2d_forward", "ss2d_norm_forward"]
+__all__ = ["few_outputs", "ss2d_backward", "ss2d_forward", "ss2d_norm_forward"]
 
 # What runs at once on the 132 multiprocessors of an H200, twelve programs of 168 registers on each. Where a launch
 # would have fewer, walks are cut into segments, each of at least so many tiles.
@@ -36,9 +39,14 @@ _PRODUCTS = 165
 # From so many states a walk goes step by step, its states in registers (56x56x192, N = 16: 2.4 ms instead of 4.4).
 _MANY = 16
 
-# N = 1 has a kernel of its own, faster where lanes can share what they load: from so many channels
+# N = 1 has a kernel of its own for codes of so many numbers: 56x56x96, R = 6, 0.347 ms instead of 0.413
+_NARROW = 6
+# and one, faster where lanes can share what they load: from so many channels
 _OWN_KERNEL = 384
 _WARPS = 1056  # two for each scheduler
+
+# Few walks: so many tiles of 256 steps and 16 channels, two for each multiprocessor
+_FEW_TILES = 320
 
 
 def _dot_type(p: Tensor) -> tl.dtype:
@@ -154,11 +162,91 @@ def _tile_of(E: int) -> tuple[int, int, bool]:
     return 4, 4, False
 
 
+class FewTile(NamedTuple):
+    """How `ss2d_few_kernel` cuts a walk: steps of a lane, warps of a program, and programs that share a walk."""
+
+    steps: int
+    warps: int
+    segments: int
+
+
+def _few_tile(L: int, walks: int) -> FewTile:
+    """For walks, each of L steps of 16 channels: 4.1, 4.8, 9.2 and 16.7 us for one image in the stages of VMamba-T."""
+    if L <= 64:
+        return FewTile(4, 4, 1)
+    if L <= 128:
+        return FewTile(8, 4, 1)
+    if 256 < L <= 1024:
+        return FewTile(16, 8, 1)
+    return FewTile(8, 8, max(1, min(-(-L // 256), _FEW_TILES // walks)))
+
+
+def _are_few(x: Tensor, p: Tensor, A: Tensor) -> bool:
+    B, H, W, E = x.shape
+    L, KE = H * W, A.shape[0]
+    tiles = B * (KE // E) * -(-E // 16) * -(-L // 256)
+    return A.shape[1] == 1 and tiles <= _FEW_TILES and L <= 2**20 and B * L * max(KE, p.shape[3]) < 2**31
+
+
+def few_outputs(
+    x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, routes: str,
+    tile: FewTile | None = None,
+) -> Tensor | None:  # fmt: skip
+    """The routes' outputs at their pixels, (K, B, H, W, E), where walks are few and N = 1; else None."""
+    if x.dtype == torch.float64 or x.numel() == 0 or not (tile or _are_few(x, p, A_log)):
+        return None
+    x, p, *weights = _prepare(x, p, dt_weight, dt_bias, A_log, D)
+    return _few_outputs(x, p, *weights, routes, True, tile)
+
+
+def _few_outputs(
+    x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: str,
+    log: bool, tile: FewTile | None = None,
+) -> Tensor:  # fmt: skip
+    """The same for contiguous tensors that are not empty. log: A is log(-A)."""
+    B, H, W, E = x.shape
+    K, _, R = dt_weight.shape
+    L, n_c = H * W, -(-E // 16)
+    tile = tile or _few_tile(L, B * K * n_c)
+    tiles = -(-L // (4 * tile.warps * tile.steps))
+    G = -(-tiles // tile.segments)
+    segments = -(-tiles // G)
+    parts = torch.empty((K, B, H, W, E), dtype=x.dtype, device=x.device)
+    ends = sums = parts
+    if segments > 1:
+        ends, sums = torch.empty((2, B, K, segments, E), dtype=torch.float32, device=x.device)
+    arguments = (x, p, dt_weight, dt_bias, A, D, parts, ends, sums, B, H, W, G, segments)
+    constants = {
+        "K": K,
+        "E": E,
+        "R": R,
+        "QP": max(16, triton.next_power_of_2(R)),
+        "S": tile.steps,
+        "WARPS": tile.warps,
+        "ROUTES": _route_bits(routes),
+        "DOT": _dot_type(p),
+        "LOG": log,
+        "SPLIT": segments > 1,
+        "LOOP": G > 1,
+        "EXACT": x.dtype == torch.float32,
+        "num_warps": tile.warps,
+        "num_stages": 1,
+    }
+    grid = (B * segments * K * n_c,)
+    if segments > 1:
+        ss2d_few_kernel[grid](*arguments, **constants, ENDS=True)
+    ss2d_few_kernel[grid](*arguments, **constants, ENDS=False)
+    return parts
+
+
 def _route_outputs(
     x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: str,
-    states: Tensor, keep: bool,
+    states: Tensor, keep: bool, log: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The routes' outputs at their pixels, (K, B, L, E), where N = 1. All tensors contiguous, x not empty."""
+    """The routes' outputs at their pixels, (K, B, L, E), where N = 1. All tensors contiguous, x not empty.
+
+    log: A is log(-A).
+    """
     B, H, W, E = x.shape
     K, _, R = dt_weight.shape
     L = H * W
@@ -194,6 +282,7 @@ def _route_outputs(
         "RAGGED": table.shape[1] > L or walkers % 4 > 0,
         "SPLIT": segments > 1,
         "EXACT": x.dtype == torch.float32,
+        "LOG": log,
         "num_warps": 1,
         "num_stages": 1,
     }
@@ -218,8 +307,12 @@ def ss2d_forward(
     if x.numel() == 0:
         return y, states
     x, p, *weights = _prepare(x, p, dt_weight, dt_bias, A, D)
-    if A.shape[1] == 1 and E >= _OWN_KERNEL:
-        parts = _route_outputs(x, p, *weights, routes, states, keep)
+    few = not keep and _are_few(x, p, A)
+    if few or (A.shape[1] == 1 and E >= _OWN_KERNEL):
+        if few:
+            parts = _few_outputs(x, p, *weights, routes, False)
+        else:
+            parts = _route_outputs(x, p, *weights, routes, states, keep)
         sum_kernel[(-(-y.numel() // 2048),)](parts, y, y.numel(), K=K, BLOCK=2048)
     else:
         plan, parts = _walk_outputs(x, p, *weights, routes, states, keep)
@@ -229,21 +322,51 @@ def ss2d_forward(
 
 def _walk_outputs(
     x: Tensor, p: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, routes: str, states: Tensor,
-    keep: bool,
+    keep: bool, log: bool = False,
 ) -> tuple[_Plan | Plan, Tensor]:  # fmt: skip
-    """The outputs (B, K, steps, E) of all routes in the order of their walks; states too, where `keep`."""
+    """The outputs (B, K, steps, E) of all routes in the order of their walks; states too, where `keep`.
+
+    log: A is log(-A).
+    """
+    if log and A.shape[1] > 1:  # read anew in each tile, so made once
+        A, log = -torch.exp(A.float()), False
     if A.shape[1] >= _MANY:
         return states_outputs(x, p, dt_weight, dt_bias, A, D, routes, states, keep)
-    plan = _Plan(x, p, dt_weight, A, routes, 64 if x.shape[3] % 64 == 0 else 32)
+    is_narrow = A.shape[1] == 1 and dt_weight.shape[2] <= _NARROW
+    plan = _Plan(x, p, dt_weight, A, routes, 64 if x.shape[3] % 64 == 0 and not is_narrow else 32)
     carry, ends, sums = plan.segment_buffers(x.device)
     parts = torch.empty((plan.B, plan.K, plan.steps, plan.E), dtype=x.dtype, device=x.device)
     arguments = (x, p, dt_weight, dt_bias, A, D, plan.table(x), parts, states)
+    if is_narrow:
+        sizes, constants = plan.sizes[1:], _narrow_constants(plan, p)
+        if plan.segments > 1:
+            ss2d_forward_narrow_kernel[plan.grid](
+                *arguments, ends, sums, *sizes, **constants, LOG=log, KEEP=False, ENDS=True
+            )
+        # storing states raises 156 registers to 206, and then nine programs a multiprocessor run instead of twelve
+        ss2d_forward_narrow_kernel[plan.grid](
+            *arguments, ends, sums, *sizes, **constants, LOG=log, KEEP=keep, ENDS=False, maxnreg=168 if keep else None
+        )
+        return plan, parts
     if plan.segments > 1:
         ss2d_forward_kernel[plan.grid](
-            *arguments, ends, ends, sums, *plan.sizes, **plan.constants, KEEP=False, ENDS=True
+            *arguments, ends, ends, sums, *plan.sizes, **plan.constants, LOG=log, KEEP=False, ENDS=True
         )
-    ss2d_forward_kernel[plan.grid](*arguments, carry, ends, sums, *plan.sizes, **plan.constants, KEEP=keep, ENDS=False)
+    ss2d_forward_kernel[plan.grid](
+        *arguments, carry, ends, sums, *plan.sizes, **plan.constants, LOG=log, KEEP=keep, ENDS=False
+    )
     return plan, parts
+
+
+def _narrow_constants(plan: _Plan, p: Tensor) -> dict[str, object]:
+    """What `ss2d_forward_narrow_kernel` is compiled for."""
+    pack = p.element_size() == 2 and plan.R % 2 == 0
+    names = ("K", "E", "R", "S", "KINDS", "BODIES", "EXACT", "num_warps", "num_stages")
+    return {name: plan.constants[name] for name in names} | {
+        "QP": triton.next_power_of_2(plan.R),
+        "PACK": pack,
+        "VEC": math.gcd((plan.R + 2) // 2 if pack else plan.R + 2, 4),
+    }
 
 
 def ss2d_norm_forward(
@@ -251,7 +374,7 @@ def ss2d_norm_forward(
     p: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor,
     routes: str,
     norm_weight: Tensor,
@@ -261,7 +384,8 @@ def ss2d_norm_forward(
     """`ss2d_forward` without states, and the layer norm over channels that follows it in the network.
 
     Args:
-        x, p, dt_weight, dt_bias, A, D, routes: see `dispatch.Backend`.
+        x, p, dt_weight, dt_bias, D, routes: see `dispatch.Backend`.
+        A_log: log(-A), (K*E, N).
         norm_weight, norm_bias: (E,), any float dtype.
         eps: added to the variance.
 
@@ -269,23 +393,26 @@ def ss2d_norm_forward(
         (B, H, W, E) in the dtype of x, with statistics of the sum of routes in fp32.
     """
     if x.dtype == torch.float64:
-        y = portable.ss2d_forward(x, p, dt_weight, dt_bias, A, D, routes)
+        y = portable.ss2d_forward(x, p, dt_weight, dt_bias, -torch.exp(A_log), D, routes)
         return torch.nn.functional.layer_norm(y, x.shape[-1:], norm_weight.to(y.dtype), norm_bias.to(y.dtype), eps)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    x, p, *weights = _prepare(x, p, dt_weight, dt_bias, A, D)
+    x, p, *weights = _prepare(x, p, dt_weight, dt_bias, A_log, D)
     E, n = x.shape[-1], x.numel() // x.shape[-1]
     norm = (norm_weight.contiguous(), norm_bias.contiguous(), eps)
     states = x.new_empty(0, dtype=torch.float32)
-    if A.shape[1] == 1 and E >= _OWN_KERNEL:
-        parts = _route_outputs(x, p, *weights, routes, states, False)
-        C = triton.next_power_of_2(E)
-        pixels = max(1, 4096 // C)
-        sum_norm_kernel[(-(-n // pixels),)](parts, y, *norm[:2], n, eps, K=parts.shape[0], E=E, PIXELS=pixels, C=C)
+    if few := _are_few(x, p, A_log):
+        parts = _few_outputs(x, p, *weights, routes, True)
+    elif A_log.shape[1] == 1 and E >= _OWN_KERNEL:
+        parts = _route_outputs(x, p, *weights, routes, states, False, log=True)
     else:
-        plan, parts = _walk_outputs(x, p, *weights, routes, states, False)
+        plan, parts = _walk_outputs(x, p, *weights, routes, states, False, log=True)
         plan.merge(parts, y, norm)
+        return y
+    C = triton.next_power_of_2(E)
+    pixels = max(1, (1024 if few else 4096) // C)
+    sum_norm_kernel[(-(-n // pixels),)](parts, y, *norm[:2], n, eps, K=parts.shape[0], E=E, PIXELS=pixels, C=C)
     return y
 
 

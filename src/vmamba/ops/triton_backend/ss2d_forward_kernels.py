@@ -16,6 +16,7 @@ def _walk(
     K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
     S: tl.constexpr, C: tl.constexpr, LANE: tl.constexpr, QP: tl.constexpr, DOT: tl.constexpr,
     DIRECT: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr,
+    LOG: tl.constexpr,
 ):  # fmt: skip
     o_s, o_q = tl.arange(0, S), tl.arange(0, QP)
     # a hint, weaker than the truth: a lane takes LANE neighbouring channels and no more, and so all S rows of them
@@ -31,6 +32,8 @@ def _walk(
     b_D = tl.load(D + i_k * E + o_c, mask=m_c, other=0.0).to(tl.float32)
     A += (i_k * E + o_c) * N
     b_A = tl.load(A, mask=m_c, other=0.0).to(tl.float32)  # of state 0
+    if LOG:
+        b_A = -tl.exp(b_A)
 
     table += i_k * T * S
     image, walk = i_b.to(tl.int64), (i_b * K + i_k).to(tl.int64)
@@ -125,6 +128,7 @@ def ss2d_forward_kernel(
     K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
     S: tl.constexpr, C: tl.constexpr, LANE: tl.constexpr, QP: tl.constexpr, DOT: tl.constexpr,
     KINDS: tl.constexpr, BODIES: tl.constexpr, KEEP: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr,
+    LOG: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment of one route: y (B, K, T*S, E) in the order of the walk.
 
@@ -133,6 +137,7 @@ def ss2d_forward_kernel(
     state that it would end with from zero, and the sum of d2, which is its total decay; the second takes both and
     starts each segment from the right state. For N > 1 the states between tiles live in carry (B, K, n_segments, N,
     E). KINDS holds two bits a route: 0 by the table, 1 rows forward, 2 rows reversed; BODIES says which kinds occur.
+    LOG, for N = 1: A is log(-A).
     """
     n_c: tl.constexpr = (E + C - 1) // C
     i = tl.program_id(0)
@@ -146,7 +151,7 @@ def ss2d_forward_kernel(
                 _walk(
                     x, p, dt_weight, dt_bias, A, D, table, y, states, carry, ends, sums,
                     i_b, i_k, i_c, i_g, B, L, T, G, n_segments,
-                    K, E, R, N, S, C, LANE, QP, DOT, c > 0, c == 2, KEEP, ENDS, EXACT,
+                    K, E, R, N, S, C, LANE, QP, DOT, c > 0, c == 2, KEEP, ENDS, EXACT, LOG,
                 )  # fmt: skip
 
 

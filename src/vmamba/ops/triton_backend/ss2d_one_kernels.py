@@ -51,7 +51,7 @@ def _load_code(p, q: tl.constexpr, Q: tl.constexpr, TYPE: tl.constexpr, PACK: tl
             b_1 = tl.full(b_0.shape, ONES, tl.int32)
     else:
         o_q = _code_columns(q)[:, None, None, :]
-        b_0 = tl.where(o_q < Q, tl.load(p[:, :, :, None] + tl.minimum(o_q, Q - 1)), 1.0)
+        b_0 = tl.where(o_q < Q, tl.load(p[:, :, :, None] + tl.minimum(o_q, Q - 1)).to(tl.float32), 1.0)
         b_1 = b_0
     return b_0, b_1
 
@@ -155,7 +155,7 @@ def ss2d_forward_one_kernel(
     x, p, dt_weight, dt_bias, A, D, table, y, states, ends, sums, B, L, T, G, n_segments,
     K: tl.constexpr, E: tl.constexpr, R: tl.constexpr, S: tl.constexpr, J: tl.constexpr, TWO: tl.constexpr,
     DOT: tl.constexpr, PACK_X: tl.constexpr, PACK_P: tl.constexpr, RAGGED: tl.constexpr, SPLIT: tl.constexpr,
-    KEEP: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr,
+    KEEP: tl.constexpr, ENDS: tl.constexpr, EXACT: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     """Walk one route of four walkers: y (K, B, L, E) by pixels.
 
@@ -163,7 +163,7 @@ def ss2d_forward_one_kernel(
     with ENDS leaves, for each, the state that it would end with from zero in ends (B, K, n_segments, E), and the sum
     of d2, which is its total decay, in sums; the second starts each walker from the right state. RAGGED says that
     there are steps beyond the last pixel, or walkers beyond the last. With PACK_X, PACK_P numbers of x, p are read
-    in pairs. TWO: loads run two tiles ahead instead of one.
+    in pairs. TWO: loads run two tiles ahead instead of one. LOG: A is log(-A).
     """
     C: tl.constexpr = 16 * J
     n_c: tl.constexpr = (E + C - 1) // C
@@ -191,6 +191,8 @@ def ss2d_forward_one_kernel(
         b_choice = b_choice + (_choice(dt_weight, q, R, DOT),)  # noqa: RUF005
     b_D = tl.load(D + i_k * E + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_A = tl.load(A + i_k * E + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if LOG:
+        b_A = -tl.exp(b_A)
 
     image, image_n = (o_u // n_segments).to(tl.int64), (o_un // n_segments).to(tl.int64)
     walk, i_g = image * K + i_k, o_u % n_segments

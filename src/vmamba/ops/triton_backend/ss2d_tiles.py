@@ -27,7 +27,7 @@ def softplus2(z2, EXACT: tl.constexpr):
     max(z2, 0) + log2(1 + e) with e = 2^-|z2| in (0, 1], and log2(1 + e) = e P(e), P by minimax: accurate relative to
     itself however small delta is, and one special-function instruction where lg2 would make two.
     """
-    e = tl.exp2(-tl.abs(z2))
+    e = tl.exp2(tl.abs(z2) * -1.0)  # the product is a sign bit of the operand; a minus would be an instruction
     if EXACT:
         b = e * -0.00468013643 + 0.0286395946
         b = b * e - 0.0821752156
