@@ -204,8 +204,9 @@ torch.library.define(
 @torch.no_grad()
 def _norm_mlp_kept(x, *args):
     kernels = BACKENDS[choose("auto", x.device.type)].joined
+    kept = None if kernels is None else kernels.norm_mlp_kept(x, *args)
     # contiguous whichever runs: the one answer that the fake can give
-    return tuple(t.contiguous() for t in (plain_norm_mlp if kernels is None else kernels.norm_mlp_kept)(x, *args))
+    return tuple(t.contiguous() for t in kept or plain_norm_mlp(x, *args))
 
 
 def plain_norm_mlp(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, scale, dtype):

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..training import plain_norm_mlp
 from .dense_kernels import (
     linear_few_kernel,
     linear_kernel,
@@ -147,8 +146,8 @@ def norm_mlp(
 def norm_mlp_kept(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, scale: Tensor | None, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x + scale fc2(gelu(h)) in x's dtype, and h = fc1(LayerNorm(x)) (..., N) in dtype.
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """x + scale fc2(gelu(h)) in x's dtype, and h = fc1(LayerNorm(x)) (..., N) in dtype; None where layers are faster.
 
     Arguments, and what is raised, as in `norm_mlp`; scale (x.shape[0],), a factor for each image, or None.
     """
@@ -160,7 +159,7 @@ def norm_mlp_kept(
     hidden = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
     if x.numel() == 0 or _mlp(x, norm, w1, b1, w2, b2, out, dtype, hidden, scale):
         return out, hidden
-    return plain_norm_mlp(x, *norm, w1, b1, w2, b2, scale, dtype)
+    return None
 
 
 def _mlp(
