@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vmamba",
-        description="VMamba, the Visual State Space Model: train, evaluate and use image classifiers, use detectors and "
-        "segmentation networks, look at data sets.",
+        description="VMamba, the Visual State Space Model: train, evaluate and use image classifiers, use detectors "
+        "and segmentation networks, look at data sets.",
         epilog="Start with `vmamba train`: it trains on handwritten digits, offline, in minutes on a CPU.",
     )
     parser.add_argument("--version", action="version", version=f"vmamba {__version__}")
