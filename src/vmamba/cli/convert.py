@@ -30,4 +30,4 @@ def run(options: argparse.Namespace) -> None:
     if target.exists() and not options.overwrite:
         raise FileExistsError(f"{target} exists already: choose another name or add --overwrite")
     convert(options.source, target, official=options.to == "official", key=options.key)
-    print(f"wrote {target} ({options.to} names)")
+    print(f"wrote {target} ({'our' if options.to == 'ours' else 'official'} names)")
