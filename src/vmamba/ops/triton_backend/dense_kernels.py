@@ -388,10 +388,10 @@ def _sum_of_rows(b):
 def linear_few_kernel(
     x, norm_weight, norm_bias, eps, weight, bias, residual, out, M,
     K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr, RESIDUAL: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, DOT: tl.constexpr, FINE: tl.constexpr,
+    RESIDUAL: tl.constexpr, SHARES: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
-    """out = act(norm(x) weight.T (+ bias)) (+ residual): a tile of BM rows and BN columns, for few rows.
+    """out = norm(x) weight.T (+ bias) (+ residual): a tile of BM rows and BN columns, for few rows.
 
     Made for latency: much of what a program reads is under way at once, and nothing but sums goes through shared
     memory. x (PARTS, M, K), their sum; LayerNorm of it where NORM; the rest as in `linear_kernel`. The numbers of a row
@@ -443,8 +443,6 @@ def linear_few_kernel(
     b = tl.sum(b, 0)
     if HAS_BIAS:
         b += tl.load(bias + o_columns, mask=o_columns < N, other=0.0).to(tl.float32)
-    if GELU:
-        b = gelu(b, FINE)
     if RESIDUAL:
         b += b_residual.to(tl.float32)
     tl.store(out + o, b.to(out.dtype.element_ty), mask=m)

@@ -416,11 +416,6 @@ def ss2d_norm_forward(
     return y
 
 
-def _backward_registers(R: int, N: int) -> int | None:
-    # stages 1 and 2: all programs of stage 1 at once; 0.69 ms with the limit, 1.0 without
-    return 168 if R <= 16 and N == 1 else None
-
-
 def _products_tile(E: int, bf16: bool) -> tuple[int, int, int, int]:
     """(steps, channels, warps) of a block of the backward's products with gz, and how many programs of a route.
 

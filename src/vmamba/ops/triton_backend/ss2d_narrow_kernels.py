@@ -16,18 +16,8 @@ import triton
 import triton.language as tl
 
 from .launch import kernel
+from .ss2d_one_kernels import _halves
 from .ss2d_tiles import LN2, LOG2E, carried, compose, softplus2
-
-
-@triton.jit
-def _halves(b, TYPE: tl.constexpr):
-    """The low and the high half of each int32 of b, two numbers of a 16-bit TYPE, in fp32."""
-    if TYPE == tl.bfloat16:  # noqa: SIM300
-        return (b << 16).to(tl.float32, bitcast=True), (b & -65536).to(tl.float32, bitcast=True)
-    else:
-        low = (b & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True)
-        high = (b >> 16).to(tl.int16).to(TYPE, bitcast=True)
-        return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit
@@ -65,7 +55,7 @@ def _numbers(b_words, PACK: tl.constexpr, VEC: tl.constexpr, TYPE: tl.constexpr)
         b_split = _split_words(b_words[i], VEC)
         for j in tl.static_range(VEC):
             if PACK:
-                b_numbers = b_numbers + _halves(b_split[j], TYPE)
+                b_numbers = b_numbers + _halves(b_split[j], TYPE, True)
             else:
                 b_numbers = b_numbers + (b_split[j].to(tl.float32),)  # noqa: RUF005
     return b_numbers
