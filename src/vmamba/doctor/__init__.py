@@ -1,0 +1,7 @@
+"""`vmamba doctor`: what is wrong with an installation or a training step, by name, and what to do about it."""
+
+from __future__ import annotations
+
+from .verdict import Level, Verdict, exit_code
+
+__all__ = ["Level", "Verdict", "exit_code"]
