@@ -151,15 +151,48 @@ def test_checkpointed_gradients_change_nothing(tiny_config, tmp_path, monkeypatc
 def test_a_compiled_run_is_the_same_run(tiny_config, tmp_path, monkeypatch):
     torch._dynamo.reset()
     # traces as inductor does and leaves out the C++ compiler, which takes minutes
-    real = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: real(module, backend="aot_eager"))
-    for flag in (False, True):
-        train(tiny_config(run={"compile": flag, "ema_decay": 0.5}), tmp_path / str(flag))
-    plain, compiled = (rows_of(tmp_path / name) for name in ("False", "True"))
+    real, asked = torch.compile, []
+    monkeypatch.setattr(
+        torch, "compile", lambda module, **options: asked.append(options) or real(module, backend="aot_eager")
+    )
+    for mode in ("eager", "compile"):
+        train(tiny_config(run={"mode": mode, "ema_decay": 0.5}), tmp_path / mode)
+    assert asked == [{"dynamic": False, "mode": None}]
+    plain, compiled = (rows_of(tmp_path / name) for name in ("eager", "compile"))
     for row, wanted in zip(compiled, plain, strict=True):
         assert row["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-3)
         assert row["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-3)
-    assert load_trained(tmp_path / "True")[1].model == "vmamba_nano"
+    assert load_trained(tmp_path / "compile")[1].model == "vmamba_nano"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_run_in_graphs_is_the_same_run(tiny_config, tmp_path, in_memory):
+    sections = {"data": {"in_memory": in_memory}, "schedule": {"epochs": 6}}
+    for mode in ("eager", "graphs"):
+        run = {"device": "cuda", "mode": mode, "ema_decay": 0.5, "precision": "fp32"}
+        train(tiny_config(run=run, **sections), tmp_path / mode)
+    for row, wanted in zip(rows_of(tmp_path / "graphs"), rows_of(tmp_path / "eager"), strict=True):
+        for name in ("train_loss", "val_loss", "ema_val_loss"):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-3)
+
+
+def test_graphs_need_one_process_with_a_gpu(tiny_config, tmp_path):
+    with pytest.raises(ValueError, match=r"run\.mode=graphs needs CUDA.*not cpu"):
+        train(tiny_config(run={"mode": "graphs"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluated_every_other_epoch_a_run_learns_the_same(tiny_config, tmp_path):
+    for every in (1, 2):
+        train(tiny_config(schedule={"epochs": 4}, run={"evaluate_every": every}), tmp_path / str(every))
+    each, other = (rows_of(tmp_path / name) for name in ("1", "2"))
+    assert [row["epoch"] for row in other] == [2, 4]
+    for row, (before, wanted) in zip(other, (each[:2], each[2:]), strict=True):
+        assert row["train_loss"] == pytest.approx((before["train_loss"] + wanted["train_loss"]) / 2, rel=1e-4)
+        assert all(row[name] == wanted[name] for name in ("step", "lr", "val_loss", "top1"))
 
 
 def test_averaged_weights_are_measured_beside_the_raw_ones(tiny_config, tmp_path):

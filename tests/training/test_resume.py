@@ -122,6 +122,17 @@ def test_killed_for_real(random_config, killed, whole, moment, step):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("moment", "step"), [("step:4", 2), ("step:7", 6), ("step:9", 8)])
+def test_killed_between_evaluations(random_config, killed, tmp_path, moment, step):
+    config = random_config(run={"evaluate_every": 2})
+    run_dir = killed(config, moment)
+    assert read_checkpoint(run_dir / "checkpoints" / "last.ckpt")["global_step"] == step
+    resume(run_dir)
+    train(config, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", run_dir)
+
+
+@pytest.mark.slow
 def test_killed_with_accumulation_and_loading_processes(random_config, killed, tmp_path):
     # without mixing, a pass may be a single image
     config = random_config(data={"workers": 1}, run={"accumulate": 2}, loss={"mixup": 0.0, "cutmix": 0.0})

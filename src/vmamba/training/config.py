@@ -104,9 +104,13 @@ class RunConfig:
     """``precision`` and ``device`` "auto": what the machine is good at. "tf32" is fp32 with TF32 matrix products.
 
     ``ema_decay`` 0 is off. ``accumulate`` is how many passes make up an optimiser step. ``grad_checkpointing`` computes
-    activations again in the backward pass instead of keeping them. ``strategy`` is for several processes: "fsdp" splits
-    weights and optimiser state between them. ``checkpoint_every`` so many steps a checkpoint is written besides those
-    at the ends of epochs (0: none). ``threads`` is how many CPU threads one operation may use; None leaves it to torch.
+    activations again in the backward pass instead of keeping them. ``mode`` is how training steps run: "eager";
+    "compile", through torch.compile; "graphs", compiled and replayed as CUDA graphs, which leaves the CPU next to
+    nothing to do. ``strategy`` is for several processes: "fsdp" splits weights and optimiser state between them.
+
+    After every ``evaluate_every`` epochs, which must divide ``schedule.epochs``, the model is evaluated and a
+    checkpoint written, and every ``checkpoint_every`` steps another checkpoint (0: none). ``threads`` is how many CPU
+    threads one operation may use; None leaves it to torch.
     """
 
     seed: int = 0
@@ -115,8 +119,9 @@ class RunConfig:
     ema_decay: float = 0.0
     accumulate: int = 1
     grad_checkpointing: bool = False
-    compile: bool = False
+    mode: Literal["eager", "compile", "graphs"] = "eager"
     strategy: Literal["ddp", "fsdp"] = "ddp"
+    evaluate_every: int = 1
     checkpoint_every: int = 0
     threads: int | None = None
 
@@ -142,6 +147,16 @@ class Config:
             raise ValueError(
                 f"data.batch_size is the batch of a whole step, so run.accumulate ({self.run.accumulate}) must divide "
                 f"it, and it does not divide {self.data.batch_size}"
+            )
+        if self.schedule.epochs % self.run.evaluate_every:
+            raise ValueError(
+                f"run.evaluate_every ({self.run.evaluate_every}) must divide schedule.epochs, so that the last epoch "
+                f"is evaluated, and it does not divide {self.schedule.epochs}"
+            )
+        if self.run.mode == "graphs" and self.run.accumulate > 1:
+            raise ValueError(
+                f"run.mode=graphs does not go with run.accumulate={self.run.accumulate}: a graph writes its gradients "
+                f"to the same place in every pass. Set run.mode=compile"
             )
 
     @property
@@ -181,6 +196,7 @@ _RANGES = (
     ("schedule", "decay_to", *_SHARE),
     ("run", "ema_decay", *_BELOW_1),
     ("run", "accumulate", *_at_least(1)),
+    ("run", "evaluate_every", *_at_least(1)),
     ("run", "checkpoint_every", *_at_least(0)),
     ("run", "threads", *_at_least(1)),
     ("run", "seed", *_at_least(0)),

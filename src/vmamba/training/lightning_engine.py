@@ -54,6 +54,9 @@ def fit(
             num_nodes=world.size // world.local_size,
             strategy=_strategy(world, config.run.strategy),
             max_epochs=config.schedule.epochs,
+            check_val_every_n_epoch=config.run.evaluate_every,
+            # cuDNN tries its convolutions and takes the fastest
+            benchmark=machine.device == "cuda",
             accumulate_grad_batches=config.run.accumulate,
             gradient_clip_val=config.optim.clip_norm or None,
             callbacks=[recorder],

@@ -42,8 +42,9 @@ class TaskModule(pl.LightningModule):
         self.averaged = MovingAverage(model, config.run.ema_decay) if config.run.ema_decay else None
         if config.run.grad_checkpointing:
             model.set_grad_checkpointing(True)
-        if config.run.compile:
-            model.compile()
+        # in a tuple, since a module here would be in the state dict a second time; evaluation, whose batches have other
+        # sizes, stays as it is
+        self._trained = (compiled(model, config.run.mode),)
 
     def candidates(self) -> Iterator[tuple[str, nn.Module]]:
         """The models to evaluate, each after the prefix of its metrics: the raw one, and the average of its weights."""
@@ -72,7 +73,7 @@ class TaskModule(pl.LightningModule):
         seed_generators(derive_seed(self.config.run.seed, STEP_STREAM, number, self.world.rank))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.task.training_loss(self.model, batch)
+        loss = self.task.training_loss(self._trained[0], batch)
         self.last_loss = loss.detach()
         return loss
 
@@ -110,6 +111,13 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def compiled(model: nn.Module, mode: str) -> nn.Module:
+    """``model`` as the training steps of ``mode`` (see :class:`~.config.RunConfig`) call it."""
+    if mode == "eager":
+        return model
+    return torch.compile(model, dynamic=False, mode="reduce-overhead" if mode == "graphs" else None)
 
 
 def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:

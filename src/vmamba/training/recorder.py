@@ -38,9 +38,9 @@ class Terminated(SystemExit):
 class Recorder(pl.Callback):
     """Keeps the run directory: metrics.csv, TensorBoard events, last and best checkpoint; prints a line an epoch.
 
-    Only the first process writes and prints. Checkpoints are written at the end of every epoch, every
-    ``checkpoint_every`` steps (0: never), and when SIGTERM asks the run to stop. What this object has gathered of the
-    present epoch is in them, so that a resumed run writes the same metrics.
+    Only the first process writes and prints. Checkpoints are written at the end of every epoch that is evaluated,
+    every ``checkpoint_every`` steps (0: never), and when SIGTERM asks the run to stop. What this object has gathered
+    since the last evaluation is in them, so that a resumed run writes the same metrics.
 
     Stops the run with FloatingPointError at the first loss that is not finite, before it can reach a checkpoint. Under
     fp16 such a step does not change the weights; only many in a row stop the run.
@@ -58,7 +58,7 @@ class Recorder(pl.Callback):
         self.metrics_file = MetricsFile(run_dir / "metrics.csv", keep=finished_epochs)
         self.best: dict[str, Any] = {}
         self.last_metrics: dict[str, float] = {}
-        self._reset_epoch()
+        self._reset()
         self._pending: list[tuple[int, float, Tensor]] = []
         self._passes: list[Tensor] = []
         self._overflows = self._updates = 0
@@ -95,7 +95,8 @@ class Recorder(pl.Callback):
             self._handler = signal.signal(signal.SIGTERM, self._ask_to_stop)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: TaskModule) -> None:
-        self._reset_epoch()
+        if trainer.current_epoch % trainer.check_val_every_n_epoch == 0:
+            self._reset()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: TaskModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,14 +115,9 @@ class Recorder(pl.Callback):
         if self.world.is_first:
             memory = peak_memory(self.machine.device)
             self._progress.update(trainer.global_step, trainer.current_epoch + 1, self._loss, self._lr, memory)
-        stop = self.world.any(self._stop_asked)
-        every = module.config.run.checkpoint_every
-        # the last step's checkpoint is the one at the end of the epoch, after validation
-        if batch_idx + 1 < trainer.num_training_batches and (stop or (every and trainer.global_step % every == 0)):
-            self._look()
-            self._save_last(trainer)
-            if stop:
-                self._stop(trainer)
+        # after the last step of an epoch the checkpoint waits for its end, and for its validation if there is one
+        if batch_idx + 1 < trainer.num_training_batches:
+            self._save_when_due(trainer, module)
 
     def on_validation_start(self, trainer: pl.Trainer, module: TaskModule) -> None:
         self._look()
@@ -129,9 +125,14 @@ class Recorder(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: TaskModule) -> None:
         epoch = trainer.current_epoch + 1
+        if epoch % trainer.check_val_every_n_epoch:
+            self.finished_epochs = epoch
+            self._save_when_due(trainer, module)
+            return
         scores = {prefix: self.world.merge(found) for prefix, found in module.scores.items()}
         metrics = {prefix: found.compute() for prefix, found in scores.items()}
         seconds = self._seconds + time.perf_counter() - self._started
+        steps = trainer.global_step // epoch * trainer.check_val_every_n_epoch
         row = {
             "epoch": epoch,
             "step": trainer.global_step,
@@ -139,7 +140,7 @@ class Recorder(pl.Callback):
             "train_loss": self._loss_sum / self._steps if self._steps else math.nan,
             **_flat(metrics),
             "seconds": seconds,
-            "img/s": self.images_per_step * (trainer.global_step // epoch) / self._training_seconds,
+            "img/s": self.images_per_step * steps / self._training_seconds,
         }
         if self.machine.precision == "fp16":
             row["skipped_steps"] = self._skipped
@@ -189,6 +190,16 @@ class Recorder(pl.Callback):
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
 
+    def _save_when_due(self, trainer: pl.Trainer, module: TaskModule) -> None:
+        """Between evaluations: every ``checkpoint_every`` steps, and when the run is asked to stop."""
+        stop = self.world.any(self._stop_asked)
+        every = module.config.run.checkpoint_every
+        if stop or (every and trainer.global_step % every == 0):
+            self._look()
+            self._save_last(trainer)
+            if stop:
+                self._stop(trainer)
+
     def _ask_to_stop(self, *_: Any) -> None:
         self._stop_asked = True
 
@@ -228,7 +239,7 @@ class Recorder(pl.Callback):
     def _describe(self, epoch: int, metrics: dict[str, float], averaged: bool) -> dict[str, Any]:
         return {**self.about.as_dict(), "epoch": epoch, "metrics": metrics, "averaged": averaged}
 
-    def _reset_epoch(self) -> None:
+    def _reset(self) -> None:
         self._started = time.perf_counter()
         self._seconds = self._loss_sum = 0.0
         self._steps = self._skipped = 0

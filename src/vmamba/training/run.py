@@ -181,7 +181,7 @@ def _prepare(config: Config, machine: Machine, world: World, *, weights: bool) -
         len(splits.classes), loss.label_smoothing, loss.mixup, loss.cutmix, loss.mix_prob, loss.mix_switch
     )
     _check_batch_size(config, world, task, splits)
-    _check_strategy(config, machine)
+    _check_strategy(config, machine, world)
     check_batches(
         [splits.train, splits.val],
         preprocessing_of(config),
@@ -212,7 +212,12 @@ def _pass_size(config: Config, world: World) -> int:
     return config.data.batch_size // (world.size * config.run.accumulate)
 
 
-def _check_strategy(config: Config, machine: Machine) -> None:
+def _check_strategy(config: Config, machine: Machine, world: World) -> None:
+    if config.run.mode == "graphs" and (machine.device != "cuda" or world.size > 1):
+        raise ValueError(
+            f"run.mode=graphs needs CUDA and a single process, not {machine.device} with {world.size}: "
+            f"set run.mode=compile"
+        )
     if config.run.strategy == "fsdp" and machine.precision == "fp16":
         raise ValueError("run.strategy=fsdp does not go with fp16, whose scaler looks at whole gradients: use bf16")
 
