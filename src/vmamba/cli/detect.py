@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from .._devices import check_device
     from .._files import write_aside, write_text
-    from ..analysis import draw_detections
     from ..data import list_images, read_image
     from ..models.detection import load_detector
+    from ..pictures import draw_detections
     from ..tasks import as_coco, detect
 
     if not 0 <= options.threshold < 1:

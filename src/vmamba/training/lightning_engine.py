@@ -53,7 +53,7 @@ def fit(
             devices=world.local_size,
             num_nodes=world.size // world.local_size,
             strategy=_strategy(world, config.run.strategy),
-            max_epochs=config.schedule.epochs,
+            max_epochs=config.schedule.rounds,
             accumulate_grad_batches=config.run.accumulate,
             gradient_clip_val=config.optim.clip_norm or None,
             callbacks=[recorder],
@@ -69,6 +69,8 @@ def fit(
             enable_progress_bar=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
+            # batch norms of the statistics of a whole step; torch has none for CPUs
+            sync_batchnorm=world.control is not None and machine.device == "cuda",
             default_root_dir=recorder.run_dir,
         )
         # at every step Lightning tells all GPUs whether SIGTERM came, and waits for them; the recorder uses the CPU

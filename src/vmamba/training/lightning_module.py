@@ -82,6 +82,9 @@ class TaskModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.scores = self.fresh_scores()
+        # statistics that every process gathered for itself (batch norms on CPUs): all measure, and keep, the first's
+        for _, model in self.candidates():
+            self.world.copy_from_first(model.buffers())
         batches = self.trainer.num_val_batches[0]
         self._missing = self.world.most(batches) - batches
 
