@@ -46,6 +46,23 @@ def test_ade20k_is_the_published_recipe():
     assert chosen.inference == ADE20K_SINGLE_SCALE
 
 
+@pytest.mark.parametrize(("name", "epochs", "drops"), [("coco_1x", 12, (8, 11)), ("coco_3x", 36, (27, 33))])
+def test_coco_is_the_published_recipe(name, epochs, drops):
+    config = resolve(recipe=name)
+    schedule, optim, chosen = config.schedule, config.optim, config.detection
+    assert (schedule.epochs, schedule.shape, schedule.drops, schedule.gamma) == (epochs, "steps", drops, 0.1)
+    assert (schedule.warmup_iterations, schedule.warmup_from) == (1_000, 1e-3)
+    assert (optim.name, config.learning_rate, optim.betas, optim.weight_decay) == ("adamw", 1e-4, (0.9, 0.999), 0.05)
+    assert (optim.clip_norm, optim.layer_decay, optim.decay_vectors) == (0.0, None, True)
+    assert (config.data.batch_size, config.model.weights) == (16, "pretrained")
+    assert (chosen.channels, chosen.max_size, chosen.anchor_scale) == (256, 1333, 8.0)
+    assert (chosen.score_threshold, chosen.max_detections) == (0.05, 100)
+    many = name == "coco_3x"
+    assert chosen.min_size == (tuple(range(480, 801, 32)) if many else (800,))
+    assert (chosen.augment.horizontal_flip, chosen.augment.crop) == (0.5, 0.5 if many else 0.0)
+    assert (chosen.augment.crop_resize, chosen.augment.crop_sides) == ((400, 500, 600), (384, 600))
+
+
 def test_a_config_that_names_its_task_alone_takes_that_tasks_small_recipe():
     config = resolve({"task": "segmentation", "data": {"source": "street"}})
     assert config.segmentation == resolve(recipe="small_segmentation").segmentation

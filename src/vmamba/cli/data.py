@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   vmamba data check photos/
   vmamba data check imagenette160/ --json check.json
   vmamba data check street/ --task segmentation
+  vmamba data check cells/ --task detection
   vmamba data check images/ --task detection --annotations train.json
   vmamba data bench --data photos/ --workers 0,4,8 --needed 4000
   vmamba data bench --recipe small_segmentation --data street/ --workers 16 --needed 300
@@ -43,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder, zip or tar file, hfds/NAME, or digits; folder of images and masks; folder of COCO images",
     )
     check.add_argument("--task", choices=tuple(CHECKS), default="classification", help="what the data is for")
-    check.add_argument("--annotations", metavar="JSON", help="for detection: the COCO file of the images in PATH")
+    check.add_argument(
+        "--annotations",
+        metavar="JSON",
+        help="for detection: the COCO file of the images in PATH (default: found in PATH)",
+    )
     bench = actions.add_parser("bench", help="images a second that training gets, and whether a GPU would wait")
     bench.add_argument("--data", metavar="PATH", help="the data set (default: what the config says)")
     bench.add_argument("--recipe", metavar="NAME", help="the recipe to make batches of")
@@ -95,15 +100,21 @@ def _check_masks(options: argparse.Namespace) -> dict:
 
 
 def _check_objects(options: argparse.Namespace) -> dict:
-    from ..data import check_detection, read_coco
+    from ..data import AnnotatedImages, check_detection, open_detection, read_coco
 
-    if not options.annotations:
-        raise ValueError("name the COCO file of the images with --annotations")
-    coco = read_coco(options.annotations)
-    findings = check_detection(options.source, coco)
-    counts = {name: len(getattr(coco, name)) for name in ("images", "annotations", "categories")}
-    what = f"{options.annotations}: {_counts(counts)}{', with masks' if coco.has_masks else ''}"
-    return _told(options, what, findings, {**counts, "has_masks": coco.has_masks})
+    if options.annotations:
+        parts = {"images": AnnotatedImages(Path(options.source), read_coco(options.annotations))}
+    else:
+        parts = open_detection(options.source)
+    categories = next(iter(parts.values())).coco.categories
+    findings, figures, lines = [], {}, []
+    for name, (images, coco) in parts.items():
+        findings += check_detection(images, coco, categories=categories)
+        counts = {kind: len(getattr(coco, kind)) for kind in ("images", "annotations", "categories")}
+        lines.append(f"{coco.file}: {_counts(counts)}{', with masks' if coco.has_masks else ''}")
+        figures[name] = {**counts, "has_masks": coco.has_masks}
+    figures = figures["images"] if options.annotations else {"parts": figures}
+    return _told(options, "\n".join(lines), findings, figures)
 
 
 CHECKS = {"classification": _check_classes, "segmentation": _check_masks, "detection": _check_objects}

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..training import resume, train
     from ..training.distributed import is_first_process
-    from ..training.job import PART_NAMES
+    from ..training.job import PART_NAMES, percent
 
     shorthands = {name: getattr(options, name) for name in SHORTHANDS if getattr(options, name) is not None}
     if options.resume:
@@ -91,13 +91,13 @@ def run(options: argparse.Namespace) -> None:
         return
     (first, title), *others = outcome.figures.items()
     metrics = outcome.metrics
-    more = [f"{shown} {metrics[name]:.2f} %" for name, shown in others]
+    more = [f"{shown} {percent(metrics[name])} %" for name, shown in others]
     more += [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
     samples = " ".join(shlex.quote(str(path)) for path in outcome.sample_images)
     rows = {**outcome.pictures, "report": outcome.report, "checkpoint": outcome.checkpoint}
     print(
-        f"\n{PART_NAMES[outcome.part]} {title} {metrics[first]:.2f} % ({', '.join(more)}; {outcome.images} images, "
-        f"weights of epoch {outcome.best_epoch}, the best on the validation images)"
+        f"\n{PART_NAMES[outcome.part]} {title} {percent(metrics[first])} % ({', '.join(more)}; "
+        f"{outcome.images} images, weights of epoch {outcome.best_epoch}, the best on the validation images)"
     )
     for name, path in rows.items():
         print(f"{name[0].lower() + name[1:]:<17} {path}")

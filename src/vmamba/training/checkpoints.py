@@ -141,13 +141,14 @@ def checkpoint_file(run_or_file: str | Path) -> Path:
 
 
 def load_trained(
-    run_or_file: str | Path, model_name: str | None = None, task: str | None = None
+    run_or_file: str | Path, model_name: str | None = None, task: str | None = None, **changes: Any
 ) -> tuple[nn.Module, About]:
     """The trained model of a run directory or checkpoint file, in evaluation mode on the CPU, and what it knows.
 
     ``model_name`` is for files that hold a classifier's bare weights, such as the released ones: they are read with
     :func:`vmamba.load_checkpoint`, and classes and preprocessing are those timm has for the model. ``task`` is the one
-    it must be for; None takes any.
+    it must be for; None takes any. ``changes`` replace keyword arguments of the network that its weights do not depend
+    on, such as a detector's ``min_size``.
 
     Raises:
         FileNotFoundError: there is no such run or file.
@@ -164,7 +165,7 @@ def load_trained(
     about = About.from_dict(contents[ABOUT])
     if task not in (None, about.task):
         raise ValueError(f"{path} is of {about.task}, not of {task}")
-    model = make_network(about.task, about.model, **about.model_kwargs)
+    model = make_network(about.task, about.model, **(about.model_kwargs | changes))
     try:
         load_state(model, contents[WEIGHTS], path)
     except ValueError as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from .classification import ClassificationJob
 from .config import Config
+from .detection import DetectionJob
 from .job import Job
 from .segmentation import SegmentationJob
 
 JOBS: dict[str, type[Job]] = {
     "classification": ClassificationJob,
     "segmentation": SegmentationJob,
+    "detection": DetectionJob,
 }
 
 

@@ -259,8 +259,9 @@ def describe(planned: Plan) -> str:
     lines += [
         f"     {schedule.learning_rate(last):.4e} at the last step",
         "",
-        f"time       about {duration(planned.seconds)}: {planned.rate:.0f} training images/s a process "
-        f"({planned.rate_from}), validation at three times that; loading is assumed to keep up",
+        f"time       {'about' if planned.whole else 'more than'} {duration(planned.seconds)}: {planned.rate:.0f} "
+        f"training images/s a process ({planned.rate_from}), validation at three times that; loading is assumed to "
+        f"keep up{'' if planned.whole else ', and the heads come on top'}",
         f"memory     about {(planned.state_bytes + planned.activation_bytes) / 2**30:.1f} GiB a process: "
         f"{planned.state_bytes / 2**30:.2f} for weights, gradients, Adam's moments and the average, "
         f"{planned.activation_bytes / 2**30:.2f} for the backward pass ({kept}{heads}, counted in a pass without "

@@ -14,6 +14,7 @@ from .. import __version__
 from .._files import write_text
 from ..tasks import Chart, Task
 from .config import Config
+from .job import percent
 from .metrics_file import MetricsFile
 from .progress import duration
 from .report import save_curves
@@ -52,8 +53,8 @@ def write_report(
     seconds = sum(_column(rows, "seconds"))
     first, *others = task.figures
     facts = {
-        f"{task.figures[first]} on the {images:,} {result_of} images": f"{result[first]:.2f} %",
-        **{task.figures[name]: f"{result[name]:.2f} %" for name in others},
+        f"{task.figures[first]} on the {images:,} {result_of} images": f"{percent(result[first])} %",
+        **{task.figures[name]: f"{percent(result[name])} %" for name in others},
         **({"loss": f"{result['loss']:.4f}"} if "loss" in result else {}),
         "weights": f"epoch {best_epoch} of {rounds}, "
         f"{'their moving average' if averaged else 'as trained'}, the best on the validation images",
