@@ -6,6 +6,7 @@ order, since a detector's class 0 is the background.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import Counter
@@ -209,6 +210,12 @@ class CocoDataset(Dataset):
     def file(self, index: int) -> Path:
         """The image file of an item."""
         return self.images / self._entries[index]["file_name"]
+
+    def without_masks(self) -> CocoDataset:
+        """The same items without masks: evaluation takes them from the annotations."""
+        other = copy.copy(self)
+        other.masks = False
+        return other
 
     def load(self) -> None:
         """Decode all images, and compress all masks to run lengths, so that items come from memory from now on.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..data import Category, CocoAnnotations
+from ..data.detection import PackedMasks, unpack_masks
 from .average_precision import AveragePrecision, average_precision, box_results, mask_results
 from .task import Chart
 
@@ -75,7 +76,7 @@ class DetectionScores:
 
 @dataclass(frozen=True)
 class Detection:
-    """The task: batches are (images, targets) as :func:`vmamba.data.collate_detection` makes them.
+    """The task: batches are (images, targets) as :func:`vmamba.data.collate_detection` makes them, masks packed or not.
 
     Attributes:
         ground_truth: the annotations that scores are measured against.
@@ -121,7 +122,13 @@ class Detection:
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum of the detector's losses: objectness and boxes of proposals, classes, boxes and masks of regions."""
         images, targets = batch
-        return sum(model(list(images), list(targets)).values())
+        targets = [
+            target | {"masks": unpack_masks(target["masks"])}
+            if isinstance(target.get("masks"), PackedMasks)
+            else target
+            for target in targets
+        ]
+        return sum(model(list(images), targets).values())
 
     def scores(self) -> DetectionScores:
         return DetectionScores(self)

@@ -115,7 +115,7 @@ def evaluate_detection(
     )
     counted = model.roi_heads.detections_per_img
     task = Detection(part.coco, known, masks=masks, max_dets=counted)
-    batches = ordered_loader(dataset, batch_size=1, workers=workers, collate=collate_detection)
+    batches = ordered_loader(dataset.without_masks(), batch_size=1, workers=workers, collate=collate_detection)
     scores = evaluate(model, task, batches, device, precision)
     found = {"box": scores.boxes} | ({"mask": scores.masks} if masks else {})
     files = {}

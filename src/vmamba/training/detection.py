@@ -17,6 +17,7 @@ from ..data import (
     open_detection,
     read_image,
 )
+from ..data.detection import collate_packed
 from ..data.loading import ordered_loader, resumable_loader
 from ..pictures import draw_detections
 from ..tasks import Detection, DetectionScores, detect, write_results
@@ -110,14 +111,14 @@ class DetectionJob(Job):
             accumulate=self.config.run.accumulate,
             steps=self.config.schedule.steps_per_round,
             workers=self.config.data.workers if workers is None else workers,
-            collate=collate_detection,
+            collate=collate_packed,
             **vars(share),
         )
 
     def evaluation_batches(self, part: str, share: Share, device: str | None = None) -> Iterable[Any]:
         """One image at a time: what a detector finds depends a little on the padding that others would bring."""
         return ordered_loader(
-            self.parts[part],
+            self.parts[part].without_masks(),
             batch_size=1,
             workers=self.config.data.workers,
             rank=share.rank,
