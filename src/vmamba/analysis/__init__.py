@@ -1,7 +1,6 @@
 """Figures about networks and operators, measured and drawn."""
 
 from .complexity import Complexity, detector_macs, measure_complexity
-from .detection_pictures import draw_detections
 from .operator_speed import OperatorReport, OperatorSettings, measure_operator
 from .throughput import ModelReport, ModelSettings, measure_models
 
@@ -12,7 +11,6 @@ __all__ = [
     "OperatorReport",
     "OperatorSettings",
     "detector_macs",
-    "draw_detections",
     "measure_complexity",
     "measure_models",
     "measure_operator",

@@ -53,10 +53,10 @@ def fit(
             devices=world.local_size,
             num_nodes=world.size // world.local_size,
             strategy=_strategy(world, config.run.strategy),
-            max_epochs=config.schedule.epochs,
+            max_epochs=config.schedule.rounds,
             check_val_every_n_epoch=config.run.evaluate_every,
-            # cuDNN tries its convolutions and takes the fastest
-            benchmark=machine.device == "cuda",
+            # cuDNN tries its convolutions and takes the fastest, for every new size of the images
+            benchmark=machine.device == "cuda" and module.task.trains_at_one_size,
             accumulate_grad_batches=config.run.accumulate,
             gradient_clip_val=config.optim.clip_norm or None,
             callbacks=[recorder],
@@ -72,6 +72,8 @@ def fit(
             enable_progress_bar=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
+            # batch norms of the statistics of a whole step; torch has none for CPUs
+            sync_batchnorm=world.control is not None and machine.device == "cuda",
             default_root_dir=recorder.run_dir,
         )
         # at every step Lightning tells all GPUs whether SIGTERM came, and waits for them; the recorder uses the CPU

@@ -72,6 +72,27 @@ def save_prediction_sheet(
     _save(figure, path)
 
 
+def save_picture_rows(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], path: Path, heading: str) -> None:
+    """Draw pictures in rows, each column under its title."""
+    width = 4.2 * len(titles)
+    height = sum(max(p.height / p.width for p in row) for row in rows) * 4.2 + 0.8
+    figure = _new_figure(width, height)
+    figure.suptitle(heading)
+    grid = figure.subplots(
+        len(rows),
+        len(titles),
+        squeeze=False,
+        gridspec_kw={"height_ratios": [max(p.height / p.width for p in row) for row in rows]},
+    )
+    for number, (axes_row, row) in enumerate(zip(grid, rows, strict=True)):
+        for axes, picture, title in zip(axes_row, row, titles, strict=True):
+            axes.set_axis_off()
+            axes.imshow(picture)
+            if number == 0:
+                axes.set_title(title)
+    _save(figure, path)
+
+
 def save_curves(
     epochs: Sequence[int], curves: dict[str, Sequence[float]], path: Path, ylabel: str, *, log: bool = False
 ) -> None:
