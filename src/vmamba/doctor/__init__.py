@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .verdict import Level, Verdict, exit_code
+from .watchdog import StalledTraining, Watchdog
 
-__all__ = ["Level", "Verdict", "exit_code"]
+__all__ = ["Level", "StalledTraining", "Verdict", "Watchdog", "exit_code"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -26,7 +26,13 @@ from .config import Config, as_dict, from_dict, read_yaml, to_yaml
 from .distributed import World, join_world
 from .evaluation import check_image_size, evaluate
 from .machine import Machine, choose_machine, cpu_threads
-from .report import save_confusion_matrix, save_prediction_sheet
+from .report import save_confusion_matrix, save_prediction_sheet, save_resources
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
+    # a function, for a callback's class needs Lightning, which `train` says how to install
+    MakeCallbacks = Callable[[], Sequence[Callback]]
 
 SHEET_IMAGES = 24
 SAMPLE_IMAGES = 5
@@ -50,11 +56,12 @@ class Outcome:
     sample_images: tuple[Path, ...]
 
 
-def train(config: Config, run_dir: str | Path | None = None) -> Outcome:
+def train(config: Config, run_dir: str | Path | None = None, *, callbacks: MakeCallbacks = tuple) -> Outcome:
     """Train a classifier as ``config`` says and write everything of the run under ``run_dir``.
 
     None is ``runs/DATA-MODEL``, numbered where that is taken. Under torchrun all its processes train one model, the
-    first of them writes, and all return the same.
+    first of them writes, and all return the same. ``callbacks`` makes further callbacks of Lightning; the trainer's
+    ``default_root_dir`` is the run directory.
 
     Raises:
         FileExistsError: ``run_dir`` already holds something.
@@ -65,13 +72,14 @@ def train(config: Config, run_dir: str | Path | None = None) -> Outcome:
     """
     machine = _machine_to_train_on(config)
     with join_world(machine.device) as world:
-        return _start(config, machine, world, _new_run_dir(world, config, run_dir))
+        return _start(config, machine, world, _new_run_dir(world, config, run_dir), callbacks)
 
 
-def resume(run_dir: str | Path) -> Outcome:
+def resume(run_dir: str | Path, *, callbacks: MakeCallbacks = tuple) -> Outcome:
     """Go on with the run in ``run_dir`` from its last checkpoint; the result is that of an uninterrupted run.
 
     A run that was stopped before its first checkpoint starts again, one that was stopped before its report writes it.
+    ``callbacks`` are those of :func:`train`.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -87,10 +95,10 @@ def resume(run_dir: str | Path) -> Outcome:
         raise ValueError(f"the run in {run_dir} is finished: it has done its {config.schedule.epochs} epochs")
     machine = _machine_to_train_on(config)
     with join_world(machine.device) as world:
-        return _go_on(config, machine, world, run_dir, about)
+        return _go_on(config, machine, world, run_dir, about, callbacks)
 
 
-def _start(config: Config, machine: Machine, world: World, run_dir: Path) -> Outcome:
+def _start(config: Config, machine: Machine, world: World, run_dir: Path, callbacks: MakeCallbacks) -> Outcome:
     prepared = _prepare(config, machine, world, weights=True)
     if world.is_first:
         for folder in (run_dir, run_dir / "checkpoints"):
@@ -98,10 +106,12 @@ def _start(config: Config, machine: Machine, world: World, run_dir: Path) -> Out
         write_text("".join(f"{name}\n" for name in prepared.splits.classes), run_dir / "classes.txt")
         # last: where it is, there is a run to resume
         write_text(to_yaml(config), run_dir / "config.yaml")
-    return _fit_and_report(config, prepared, run_dir, resume=None)
+    return _fit_and_report(config, prepared, run_dir, callbacks, resume=None)
 
 
-def _go_on(config: Config, machine: Machine, world: World, run_dir: Path, about: About | None) -> Outcome:
+def _go_on(
+    config: Config, machine: Machine, world: World, run_dir: Path, about: About | None, callbacks: MakeCallbacks
+) -> Outcome:
     """``about`` is what the last checkpoint says; None where there is none."""
     prepared = _prepare(config, machine, world, weights=about is None)
     if about is not None and prepared.splits.classes != about.classes:
@@ -115,7 +125,7 @@ def _go_on(config: Config, machine: Machine, world: World, run_dir: Path, about:
     if _is_finished(config, about):
         return _report(config, prepared, run_dir)
     last = run_dir / "checkpoints" / "last.ckpt"
-    return _fit_and_report(config, prepared, run_dir, resume=last if about is not None else None)
+    return _fit_and_report(config, prepared, run_dir, callbacks, resume=last if about is not None else None)
 
 
 def _is_finished(config: Config, about: About | None) -> bool:
@@ -248,7 +258,9 @@ def _make_model(config: Config, kwargs: dict[str, Any], weights: bool) -> nn.Mod
     return model
 
 
-def _fit_and_report(config: Config, prepared: _Prepared, run_dir: Path, resume: Path | None) -> Outcome:
+def _fit_and_report(
+    config: Config, prepared: _Prepared, run_dir: Path, callbacks: MakeCallbacks, resume: Path | None
+) -> Outcome:
     from .lightning_engine import fit
     from .lightning_module import TaskModule
     from .recorder import Recorder
@@ -296,7 +308,7 @@ def _fit_and_report(config: Config, prepared: _Prepared, run_dir: Path, resume: 
             images_per_step=min(data.batch_size, len(splits.train)),
             finished_epochs=finished,
         )
-        fit(module, recorder, train_batches, val_batches, prepared.machine, resume)
+        fit(module, recorder, train_batches, val_batches, prepared.machine, resume, callbacks())
         return _report(config, prepared, run_dir)
 
 
@@ -339,6 +351,9 @@ def _write_report(config: Config, prepared: _Prepared, run_dir: Path) -> Outcome
     confusion_png, predictions_png = folder / "confusion_matrix.png", folder / "predictions.png"
     save_confusion_matrix(scores.confusion(), splits.display_names, confusion_png)
     _draw_predictions(samples, scores, splits.display_names, PART_NAMES[part], predictions_png)
+    pictures = {confusion_png.name: "Confusion matrix", predictions_png.name: "Predictions"}
+    if save_resources(run_dir / "resources.csv", folder / "resources.png"):  # of a watchdog
+        pictures["resources.png"] = "Memory and utilisation"
     metrics = scores.compute()
     report = write_report(
         folder,
@@ -350,7 +365,7 @@ def _write_report(config: Config, prepared: _Prepared, run_dir: Path) -> Outcome
         best_epoch=about.epoch,
         averaged=about.averaged,
         hardware=_hardware(machine, prepared.world),
-        pictures={confusion_png.name: "Confusion matrix", predictions_png.name: "Predictions"},
+        pictures=pictures,
     )
     return Outcome(
         run_dir=run_dir,
