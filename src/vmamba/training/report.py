@@ -127,7 +127,7 @@ def save_resources(csv_path: Path, path: Path) -> bool:
             values = [float(row[name] or "nan") for row in rows]
             axes.plot(minutes, values, style, color=colour, label=label, marker="o" if len(rows) < 3 else None)
         for start, end in _stalls(rows):
-            axes.axvspan(start / 60, end / 60, color=WRONG, alpha=0.2, linewidth=0, label="stalled")
+            axes.axvspan(start / 60, end / 60, color=WRONG, alpha=0.2, linewidth=2, label="stalled")
         axes.set_ylim(bottom=0)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
