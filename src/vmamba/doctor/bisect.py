@@ -1,0 +1,189 @@
+"""Which module is to blame: parts of the model are replaced by identities until the trouble is gone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .patient import Patient
+from .verdict import Level, Verdict
+from .watching import Watch, tensors_of
+
+__all__ = ["StandIn", "culprit", "examine_symptom", "parts_of", "search", "symptom"]
+
+Troubled = Callable[[frozenset[str]], bool]
+Children = Callable[[str], Sequence[str]]
+
+
+class StandIn(nn.Module):
+    """In the place of a module: hands its first input on where that has the output's shape, else numbers of that shape
+    that depend on the input, so that the graph is not cut.
+
+    Args:
+        shape, dtype: of the module's output, None where it never gave one: always hands on.
+    """
+
+    def __init__(self, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+
+    def forward(self, *inputs: Any, **named_inputs: Any) -> Tensor:
+        x = next(tensors_of((inputs, named_inputs)))
+        if self.shape is None or tuple(x.shape) == self.shape:
+            return x
+        flat = x.to(self.dtype).flatten()
+        wanted = torch.Size(self.shape).numel()
+        repeats = -(-wanted // max(flat.numel(), 1))
+        return flat.repeat(repeats)[:wanted].view(self.shape)
+
+
+def parts_of(model: nn.Module, name: str) -> list[str]:
+    """The children of the module ``name`` that may be replaced; those of lists of modules, which are never called."""
+    parts = []
+    for child, module in model.get_submodule(name).named_children():
+        full = f"{name}.{child}" if name else child
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            parts += parts_of(model, full)
+        elif not isinstance(module, nn.Identity):
+            parts.append(full)
+    return parts
+
+
+def search(troubled: Troubled, children: Children) -> list[str]:
+    """The smallest modules whose replacement makes the trouble go away; empty where none does.
+
+    At every level, beginning with the children of the model (""), parts are replaced one after another until the
+    trouble is gone; those of them that need not have been are put back; and what stays is looked into.
+
+    Args:
+        troubled: whether the trouble is there with these modules replaced.
+        children: the parts of a module.
+    """
+    needed = _needed(troubled, children(""), frozenset())
+    found: list[str] = []
+    while needed:
+        name = needed.pop(0)
+        others = frozenset(needed) | frozenset(found)
+        inside = _needed(troubled, children(name), others)
+        if inside:
+            needed = inside + needed
+        else:
+            found.append(name)
+    return found
+
+
+def _needed(troubled: Troubled, parts: Sequence[str], replaced: frozenset[str]) -> list[str]:
+    """Of ``parts``, those that must be replaced beside ``replaced``; empty where the trouble stays with all of them."""
+    for part in parts:
+        if not troubled(replaced | {part}):
+            return [part]
+    taken: list[str] = []
+    for part in parts:
+        taken.append(part)
+        if len(taken) > 1 and not troubled(replaced | set(taken)):
+            break
+    else:
+        return []
+    for part in list(taken[:-1]):
+        if not troubled(replaced | (set(taken) - {part})):
+            taken.remove(part)
+    return taken
+
+
+def symptom(patient: Patient, replaced: Sequence[str] = (), shapes: dict[str, Any] | None = None) -> str:
+    """What is wrong with one step, in a word: "" for nothing, "loss is not finite", "gradient is not finite", or the
+    error it raises."""
+    patient.restore()
+    subject = patient.subject
+    with _replaced(subject.model, replaced, shapes or {}):
+        try:
+            patient.position.note("forward")
+            loss = subject.compute_loss(subject.precision)
+            if not bool(loss.isfinite().all()):
+                return "loss is not finite"
+            patient.position.note("backward")
+            loss.backward()
+        except Exception as error:  # the symptom that is looked for may be any
+            return type(error).__name__
+        gradients = [p.grad for p in subject.model.parameters() if p.grad is not None]
+        return "" if all(bool(g.isfinite().all()) for g in gradients) else "gradient is not finite"
+
+
+def examine_symptom(patient: Patient, replaced: Sequence[str] = ()) -> list[Verdict]:
+    """One step with modules replaced, as a verdict that the parent reads: for trouble that ends the process."""
+    found = symptom(patient, replaced)
+    return [Verdict(Level.OK, "symptom", found)]
+
+
+def culprit(patient: Patient) -> list[Verdict]:
+    """Bisect in this process: for trouble that comes back as a symptom."""
+    trouble = symptom(patient)
+    if not trouble:
+        return [_nothing()]
+    shapes = _shapes(patient)
+    model = patient.subject.model
+
+    def troubled(replaced: frozenset[str]) -> bool:
+        # any trouble counts: where a stand-in breaks the step, nothing is learned from it
+        return bool(symptom(patient, sorted(replaced), shapes))
+
+    return [verdict_of(search(troubled, lambda name: parts_of(model, name)), trouble, model)]
+
+
+def verdict_of(found: Sequence[str], trouble: str, model: nn.Module | None = None) -> Verdict:
+    """The verdict of a search."""
+    if not found:
+        return Verdict(
+            Level.WARNING,
+            "no culprit found",
+            f"The trouble ({trouble}) stays whatever part of the model is replaced by an identity.",
+            "Look at the loss function and at the forward of the model itself, outside its parts.",
+            {"trouble": trouble},
+        )
+    kinds = {name: f" ({type(model.get_submodule(name)).__name__})" if model is not None else "" for name in found}
+    whole = " and ".join(f"{name}{kinds[name]}" for name in found)
+    return Verdict(
+        Level.PROBLEM,
+        "culprit",
+        f"With {whole} replaced by {'an identity' if len(found) == 1 else 'identities'} the trouble ({trouble}) is "
+        "gone, and with nothing smaller.",
+        f"Look for the cause in {' and '.join(found)}.",
+        {"modules": list(found), "trouble": trouble},
+    )
+
+
+def _nothing() -> Verdict:
+    return Verdict(Level.OK, "bisect", "One step shows no trouble that replacing modules could take away.")
+
+
+@contextlib.contextmanager
+def _replaced(model: nn.Module, names: Sequence[str], shapes: dict[str, Any]) -> Iterator[None]:
+    before = {}
+    try:
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            before[name] = owner, child, owner._modules[child]
+            owner._modules[child] = StandIn(*shapes.get(name, (None, None)))
+        yield
+    finally:
+        for owner, child, module in before.values():
+            owner._modules[child] = module
+
+
+def _shapes(patient: Patient) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what every module gives, where that is one tensor."""
+    shapes = {}
+
+    def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            shapes[name] = tuple(output.shape), output.dtype
+
+    patient.restore()
+    with Watch(patient.subject, patient.position, after=after) as watch, contextlib.suppress(Exception):
+        watch.forward(patient.subject.precision)
+    return shapes

@@ -1,0 +1,87 @@
+"""The data loader: does it give batches, how long does each take, do its workers live."""
+
+from __future__ import annotations
+
+import re
+import time
+
+from .child import is_users
+from .patient import Patient
+from .subject import to_device
+from .verdict import Level, Verdict
+from .wording import milliseconds
+
+__all__ = ["examine_loader"]
+
+# the first one also starts the workers
+BATCHES = 6
+DEAD_WORKER = "exited unexpectedly"
+
+
+def examine_loader(patient: Patient) -> list[Verdict]:
+    """Draw batches. The first one is what is examined afterwards, where the subject has none."""
+    subject = patient.subject
+    if subject.loader is None:
+        return []
+    waits: list[float] = []
+    first = None
+    patient.position.note("data")
+    try:
+        began = time.perf_counter()
+        for batch in subject.loader:
+            waits.append(time.perf_counter() - began)
+            first = batch if first is None else first
+            if len(waits) == BATCHES or not patient.has_time():
+                break
+            patient.position.note("data", f"batch {len(waits) + 1}")
+            began = time.perf_counter()
+    except Exception as error:  # from the user's data set, with the worker's traceback in its text
+        return [_fails(error, len(waits))]
+    if first is None:
+        return [
+            Verdict(
+                Level.PROBLEM,
+                "data loader is empty",
+                "The data loader gave no batch at all.",
+                "Look at the sampler, and whether drop_last=True drops a data set smaller than one batch.",
+            )
+        ]
+    if subject.batch is None:
+        subject.batch = to_device(first, subject.device)
+    # how long a batch takes when the loader is under way
+    patient.facts["waits"] = waits[1:]
+    message = f"{len(waits)} batches" if len(waits) > 1 else "1 batch"
+    return [
+        Verdict(
+            Level.OK,
+            "data loader",
+            f"{message}, the first after {milliseconds(waits[0])}"
+            + (f", the others after {milliseconds(max(waits[1:]))} at most." if waits[1:] else "."),
+            figures={"wait_seconds": waits},
+        )
+    ]
+
+
+def _fails(error: Exception, given: int) -> Verdict:
+    text = str(error).strip()
+    if DEAD_WORKER in text:
+        pids = ", ".join(re.findall(r"\d+", text.partition("(pid(s)")[2].partition(")")[0]))
+        return Verdict(
+            Level.PROBLEM,
+            "data loader worker died",
+            f"After {given} batches a worker process of the data loader (pid {pids}) died without an error of its own.",
+            "The system killed it, mostly for want of memory (dmesg says so) or of shared memory (docker: "
+            "--shm-size), or a library crashed in it: try num_workers=0, then fewer workers.",
+            {"batches": given},
+        )
+    lines = text.splitlines()
+    places = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
+    users = [place for place in places if is_users(place[0])]
+    where = f" at {users[-1][0]}:{users[-1][1]} in {users[-1][2]}" if users else ""
+    return Verdict(
+        Level.PROBLEM,
+        "data loader fails",
+        f"After {given} batches the data loader raised {type(error).__name__}{where}: {lines[-1] if lines else ''}",
+        "Call dataset[index] by itself for the sample named there; num_workers=0 gives the whole traceback.",
+        {"batches": given, "error": type(error).__name__},
+    )
