@@ -34,7 +34,7 @@ GALLERY = [
     (gallery.dead_branch, "parameters without gradient", "warning", "unused.weight", "find_unused_parameters"),
     (gallery.function_returns_none, "custom function returns None", "problem", "ForgetsWeight.backward", "gradcheck"),
     (gallery.wrong_gradient, "custom function has a wrong gradient", "problem", "0.5 times as much", "gradcheck"),
-    (gallery.exploding_gradient, "exploding gradient", "warning", "fc1", "Clip the gradient at"),
+    (gallery.exploding_gradient, "exploding gradient", "warning", "fc2", "Clip the gradient at"),
     (gallery.dead_activation, "gradient is always zero", "warning", "fc1.weight", "dead"),
     (gallery.exploding_rate, "learning rate too high", "problem", "learning rate of 50", "Set it to"),
     (gallery.optimizer_of_another_model, "optimiser changes nothing", "problem", "rate of 0.1", "Make the optimiser"),

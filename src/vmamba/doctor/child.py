@@ -40,6 +40,8 @@ LAST_WORDS = 1.0
 STILL_MOVING = 0.2
 MISTAKES = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)
 SET_UP = "set-up"
+# characters of stacks that are kept
+STACKS = 100_000
 
 
 @dataclass(frozen=True)
@@ -261,9 +263,10 @@ def _child(source: Source, jobs: Sequence[Job], time_limit: float, work: Work, f
         for stream in (1, 2):
             os.dup2(output, stream)
         sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115 for life
+    stacks = open(folder / "stacks.txt", "a")  # noqa: SIM115 for the life of the process
+    faulthandler.enable(stacks)
     if hasattr(faulthandler, "register"):
         # workers that are forked inherit this
-        stacks = open(folder / "stacks.txt", "a")  # noqa: SIM115 for the life of the process
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     results = open(folder / "results.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 
@@ -313,6 +316,7 @@ def _watch(child: _Child, jobs: Sequence[Job], time_limit: float, folder: Path) 
         if code is not None:
             report.died, report.place = _manner(code), position.read()
             report.stalled, report.output = current, _tail(folder / "output.txt")
+            report.stacks = _tail(folder / "stacks.txt", STACKS)
             return report
         if position.read() != place:
             place, moved = position.read(), now
@@ -346,11 +350,11 @@ def _dump_stacks(child: _Child, folder: Path) -> str:
     end, size = time.monotonic() + LAST_WORDS, -1
     while time.monotonic() < end:
         time.sleep(0.2)
-        text = _tail(folder / "stacks.txt", 100_000)
+        text = _tail(folder / "stacks.txt", STACKS)
         if text and len(text) == size:
             break
         size = len(text)
-    return _tail(folder / "stacks.txt", 100_000)
+    return _tail(folder / "stacks.txt", STACKS)
 
 
 OURS = str(Path(__file__).parent)

@@ -70,7 +70,7 @@ def examine_gradients(patient: Patient) -> list[Verdict]:
     clip = patient.subject.clip_norm
     if not math.isfinite(total) or (total > EXPLODING and not 0 < clip < total):
         found.append(_exploding(patient, total, largest, norms))
-    zeros = [name for name, norm in norms.items() if norm == 0]
+    zeros = _dead(norms)
     if zeros:
         zeros = _always_zero(patient, zeros)
     if zeros:
@@ -152,7 +152,7 @@ def _exploding(patient: Patient, total: float, largest: str, norms: dict[str, fl
         "exploding gradient",
         f"The norm of the gradient is {number(total)}; the largest share is that of {largest} "
         f"({number(norms[largest])}).",
-        f"{advice} look at the initialisation and the normalisation of the layers after {largest.rpartition('.')[0]}.",
+        f"{advice} look at the initialisation and the normalisation of the layers around {largest.rpartition('.')[0]}.",
         {"norm": total, "largest": largest, "clip": clip},
     )
 
@@ -167,6 +167,13 @@ def _taming_clip(patient: Patient) -> float | None:
         if has_learned(trial(patient, clip=clip)):
             return clip
     return None
+
+
+def _dead(norms: dict[str, float]) -> list[str]:
+    """Parameters with a gradient of 0 in modules where no other has one: a single one may have nothing to say, such as
+    a scan's time constants on an image of one pixel."""
+    alive = {name.rpartition(".")[0] for name, norm in norms.items() if norm != 0}
+    return [name for name, norm in norms.items() if norm == 0 and name.rpartition(".")[0] not in alive]
 
 
 def _always_zero(patient: Patient, zeros: list[str]) -> list[str]:

@@ -85,9 +85,8 @@ def examine_memory(patient: Patient) -> list[Verdict]:
     figures = {"steps": done, "history": [vars(left) for left in history]}
     # half a node: what piles up only now and then is no leak of every step
     if growth("nodes") >= 0.5 or growth("saved") >= 0.5:
-        return [
-            _retained(patient, growth, done, _holder_of_new(patient.subject.model, known, with_graph=True), figures)
-        ]
+        holder = _holder_of_new(patient.subject.model, known, with_graph=True)
+        return [_retained(growth, done, holder, figures)]
     if growth("tensor_bytes") >= LITTLE:
         holder = _holder_of_new(patient.subject.model, known, with_graph=False)
         return [_kept(growth("tensor_bytes"), done, holder, figures)]
@@ -162,7 +161,7 @@ def _by_module(patient: Patient) -> Counter[str]:
     return modules
 
 
-def _retained(patient: Patient, growth: Any, done: int, holder: str, figures: dict[str, Any]) -> Verdict:
+def _retained(growth: Any, done: int, holder: str, figures: dict[str, Any]) -> Verdict:
     held = f"{holder} holds" if holder else "something holds"
     return Verdict(
         Level.PROBLEM,

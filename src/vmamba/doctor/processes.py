@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from .child import LAST_WORDS, POLL, Place, Position, users_frames
 from .patient import USED_SHARE, Patient
 from .verdict import Level, Verdict
-from .wording import plural
 
 __all__ = ["examine_processes"]
 
@@ -105,9 +104,7 @@ def _watch(patient: Patient, ranks: dict[int, int], folder: Path) -> Verdict:
         return _error(errors[0].name.rpartition("-")[2], errors[0].read_text(encoding="utf-8"))
     if running:
         return _never_completes(patient, places, frames)
-    return Verdict(
-        Level.OK, "processes", f"{plural(STEPS, 'step')} in {len(ranks)} processes meet at every collective."
-    )
+    return Verdict(Level.OK, "processes", f"{STEPS} steps in {len(ranks)} processes meet at every collective.")
 
 
 def _place(folder: Path, rank: int) -> Place:
@@ -132,7 +129,7 @@ def _never_completes(patient: Patient, places: dict[int, Place], frames: dict[in
     return Verdict(
         Level.PROBLEM,
         "collective never completes",
-        f"After {SHARE * patient.time_limit:.0f} s of {plural(STEPS, 'step')} the processes still wait for each other: "
+        f"After {SHARE * patient.time_limit:.0f} s of {STEPS} steps the processes still wait for each other: "
         f"{'; '.join(said)}.",
         "Every process must call the same collectives in the same order and number: look for all_reduce, barrier or "
         "backward inside `if rank == 0`, for loops of different lengths, and for parameters used in some processes "

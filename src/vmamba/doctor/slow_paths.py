@@ -18,7 +18,7 @@ __all__ = ["Offers", "examine_slow_paths", "judge_paths", "offers_of"]
 
 @dataclass(frozen=True)
 class Offers:
-    """What a machine offers: the name of its GPU (None: it has none), and the scan's backends on the subject's device."""
+    """What a machine offers: the name of its GPU (None: it has none), the scan's backends on the subject's device."""
 
     gpu: str | None
     backends: Mapping[str, BackendStatus]

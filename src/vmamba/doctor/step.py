@@ -106,20 +106,20 @@ def _ended(report: Report, time_limit: float) -> Verdict:
     owner, _, operation = place.where.partition("|")
     module = f" in {named(owner)}{f' ({operation})' if operation else ''}" if owner or operation else ""
     figures = {"phase": place.phase, "module": owner, "examination": job, "done": place.done, "total": place.total}
+    frames = users_frames(report.stacks)
+    at = f" Stack: {listed(frames, 3)}." if frames else ""
+    figures |= {"stacks": report.stacks, "frames": frames}
     if report.died:
         last = report.output.strip().splitlines()[-1:]
         what = "Setting up" if job == SET_UP else f"The step, in {place.phase}{module},"
         return Verdict(
             Level.PROBLEM,
             "set-up fails" if job == SET_UP else "process died",
-            f"{what} ended its process: it {report.died}. {' '.join(last)}".strip(),
+            f"{what} ended its process: it {report.died}.{at} {' '.join(last)}".strip(),
             "Run it by itself to see the whole message. SIGKILL mostly means that memory ran out (make the batch "
             "smaller), SIGSEGV a library that does not fit torch or CUDA.",
             {**figures, "died": report.died},
         )
-    frames = users_frames(report.stacks)
-    at = f" Stack: {listed(frames, 3)}." if frames else ""
-    figures |= {"stacks": report.stacks, "frames": frames}
     if place.phase == "data":
         return Verdict(
             Level.PROBLEM,

@@ -25,8 +25,8 @@ class Subject:
 
     Attributes:
         model: any module, in the mode and on the device in which it is trained.
-        loss: ``loss(output, target)`` of a batch that is a pair (inputs, target), ``nn.CrossEntropyLoss()`` for example.
-            The output is ``model(inputs)``; a tuple of inputs is given as arguments, a mapping as named arguments.
+        loss: ``loss(output, target)`` of a batch that is a pair (inputs, target): ``nn.CrossEntropyLoss()``, say. The
+            output is ``model(inputs)``; a tuple of inputs is given as arguments, a mapping as named arguments.
         batch: on the model's device. None: the first one that ``loader`` gives, which is moved there.
         training_loss: in the place of ``loss``, where a step is anything else: ``training_loss(model, batch)``.
         optimizer: over the model's parameters. None: what needs one is not examined.

@@ -109,7 +109,7 @@ def _waiting(patient: Patient, step: float) -> list[Verdict]:
         Verdict(
             Level.WARNING,
             "waiting for data",
-            f"A batch takes {milliseconds(wait)} to load and a step {milliseconds(step)}: the model waits for its data.",
+            f"A batch takes {milliseconds(wait)} to load, a step {milliseconds(step)}: the model waits for its data.",
             f"Load in more worker processes{now}, keep them (persistent_workers=True), or hold the images in memory "
             "(data.in_memory). `vmamba data bench` says what is needed.",
             {"wait_seconds": wait, "step_seconds": step, "workers": workers},

@@ -125,13 +125,14 @@ class Watch:
         return hook
 
     def _own(self, node: Node | None, name: str, ends: set[Node]) -> None:
-        """``name`` owns ``node`` and what it came from, up to what others own and to ``ends``."""
-        waiting = [node]
+        """``name`` owns ``node`` and what it came from, up to ``ends``, but for what modules inside it own already."""
+        waiting, seen = [node], set(ends)
         while waiting:
             node = waiting.pop()
-            if node is None or node in ends or node in self.owners:
+            if node is None or node in seen:
                 continue
-            self.owners[node] = name
+            seen.add(node)
+            self.owners.setdefault(node, name)
             waiting += [following for following, _ in node.next_functions]
 
 
