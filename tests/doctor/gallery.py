@@ -284,6 +284,10 @@ def dead_activation() -> Subject:
     return subject(Net(Saturated()))
 
 
+def one_sample() -> Subject:
+    return subject(Net(nn.BatchNorm1d(16)), batch=(numbers(1, 8), labels(1, 4)))
+
+
 # the optimiser
 
 

@@ -31,6 +31,7 @@ GALLERY = [
     (gallery.mixed_devices_in_forward, "mixed devices", "problem", "in part", "to the device of its weights"),
     (gallery.nan_in_forward, "output is not finite", "problem", "part.1 (Logarithm)", "clamp"),
     (gallery.nan_in_backward, "gradient is not finite", "problem", "part (RootOfZero)", "epsilon inside the root"),
+    (gallery.one_sample, "batch too small for BatchNorm", "problem", "in part", "drop_last=True"),
     (gallery.dead_branch, "parameters without gradient", "warning", "unused.weight", "find_unused_parameters"),
     (gallery.function_returns_none, "custom function returns None", "problem", "ForgetsWeight.backward", "gradcheck"),
     (gallery.wrong_gradient, "custom function has a wrong gradient", "problem", "0.5 times as much", "gradcheck"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .patient import Patient
 from .verdict import Level, Verdict
@@ -98,7 +100,8 @@ def symptom(patient: Patient, replaced: Sequence[str] = (), shapes: dict[str, An
     """What is wrong with one step, in a word: "" for nothing, "loss is not finite", "gradient is not finite", or the
     error it raises."""
     patient.restore()
-    subject = patient.subject
+    leaves: list[Tensor] = list(patient.subject.model.parameters())
+    subject = dataclasses.replace(patient.subject, batch=_wanting_gradients(patient.subject.batch, leaves))
     with _replaced(subject.model, replaced, shapes or {}):
         try:
             patient.position.note("forward")
@@ -106,11 +109,28 @@ def symptom(patient: Patient, replaced: Sequence[str] = (), shapes: dict[str, An
             if not bool(loss.isfinite().all()):
                 return "loss is not finite"
             patient.position.note("backward")
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
         except Exception as error:  # the symptom that is looked for may be any
             return type(error).__name__
-        gradients = [p.grad for p in subject.model.parameters() if p.grad is not None]
-        return "" if all(bool(g.isfinite().all()) for g in gradients) else "gradient is not finite"
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return "" if all(bool(g.isfinite().all()) for g in gradients) else "gradient is not finite"
+
+
+def _wanting_gradients(batch: Any, leaves: list[Tensor]) -> Any:
+    """The batch with inputs that want a gradient, so that one goes as far where no weights are left before the trouble;
+    what to look at afterwards is added to ``leaves``."""
+
+    def wanting(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(tensor.detach().clone().requires_grad_())
+        # models may write into their input, which is forbidden for a leaf
+        return leaves[-1].clone()
+
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return type(batch)((tree_map_only(Tensor, wanting, batch[0]), batch[1]))
+    return batch
 
 
 def examine_symptom(patient: Patient, replaced: Sequence[str] = ()) -> list[Verdict]:

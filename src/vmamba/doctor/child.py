@@ -278,7 +278,8 @@ def _child(source: Source, jobs: Sequence[Job], time_limit: float, work: Work, f
             warnings.simplefilter("ignore")
             work(source, jobs, Position(folder / "position"), time_limit, tell)
     except MISTAKES as error:
-        tell(mistake=[type(error).__name__, str(error)])
+        kind = next(cls for cls in MISTAKES if isinstance(error, cls))
+        tell(mistake=[kind.__name__, str(error)])
     except BaseException:
         traceback.print_exc()
         raise
@@ -302,7 +303,7 @@ def _watch(child: _Child, jobs: Sequence[Job], time_limit: float, folder: Path) 
             line = json.loads(text)
             if "mistake" in line:
                 kind, message = line["mistake"]
-                report.mistake = next(cls for cls in MISTAKES if cls.__name__ == kind or cls is ValueError)(message)
+                report.mistake = {cls.__name__: cls for cls in MISTAKES}[kind](message)
                 return report
             began = moved = now
             if "began" in line:

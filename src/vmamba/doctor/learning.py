@@ -13,7 +13,7 @@ __all__ = ["examine_learning_rate", "has_learned", "trial"]
 STEPS = 10
 # fewer say nothing: the first steps of Adam may raise the loss before they lower it
 FEWEST_STEPS = 4
-FACTORS = (1 / 3, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
+FACTORS = (1 / 3, *(10.0**-power for power in range(1, 9)))
 
 
 def trial(patient: Patient, factor: float = 1.0, clip: float | None = None) -> list[float]:
@@ -82,7 +82,7 @@ def examine_learning_rate(patient: Patient) -> list[Verdict]:
         return found or [Verdict(Level.OK, "learning rate", message, figures=figures)]
     sane = _sane_rate(patient, rate, clip)
     if sane is None:
-        remedy = "No rate down to a millionth of it lowers the loss: look at the loss, the targets and the gradients."
+        remedy = "No rate down to a hundred-millionth of it lowers the loss: look at the loss, the targets and the gradients."
     else:
         remedy = f"Set it to {number(sane)}, with which the loss of this batch falls, and warm up to it."
     return [

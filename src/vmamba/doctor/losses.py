@@ -249,6 +249,12 @@ _FAILURES = (
     ("on the same device", "mixed devices", _MOVE),
     ("is not on the expected device", "mixed devices", _MOVE),
     (
+        "Expected more than 1 value per channel",
+        "batch too small for BatchNorm",
+        "Take batches of at least 2 in training (drop_last=True for the last one), or GroupNorm or LayerNorm in the place "
+        "of BatchNorm.",
+    ),
+    (
         "out of memory",
         "out of memory",
         "Make the batch smaller (with run.accumulate the step stays the same), switch on run.grad_checkpointing, or "

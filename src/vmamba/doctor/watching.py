@@ -39,8 +39,8 @@ class Watch:
         self.called: set[str] = set()
         self.owners: dict[Node, str] = {}
         self._handles: list[Any] = []
-        # grad_fns of the inputs of the modules that are running: their graphs end there
-        self._inputs: list[set[Node]] = []
+        # the modules that are running, and the grad_fns of their inputs: their graphs end there
+        self._running: list[tuple[str, set[Node]]] = []
 
     def __enter__(self) -> Watch:
         for name, module in self.subject.model.named_modules():
@@ -106,7 +106,7 @@ class Watch:
             self.position.note("forward", name)
             self.called.add(name)
             inputs = (arguments, named_arguments)
-            self._inputs.append({t.grad_fn for t in tensors_of(inputs) if t.grad_fn is not None})
+            self._running.append((name, {t.grad_fn for t in tensors_of(inputs) if t.grad_fn is not None}))
             if self.before is not None:
                 self.before(name, module, inputs)
 
@@ -114,13 +114,15 @@ class Watch:
 
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple, named_arguments: dict, output: Any) -> None:
-            ends = self._inputs.pop()
+            _, ends = self._running.pop()
             for tensor in tensors_of(output):
                 self._own(tensor.grad_fn, name, ends)
             if self.after is not None:
                 self.after(name, module, (arguments, named_arguments), output)
-            if not name:
-                self.position.note("loss")
+            if self._running:
+                self.position.note("forward", self._running[-1][0])
+            else:
+                self.position.note("loss", LOSS)
 
         return hook
 
