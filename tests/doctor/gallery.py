@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import threading
 import time
 
@@ -514,6 +515,14 @@ class DyingRows(Rows):
             os._exit(9)
 
 
+class KilledRows(Rows):
+    """As the system does when memory is short."""
+
+    def at(self, index: int) -> None:
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class BrokenRows(Rows):
     def at(self, index: int) -> None:
         if index == 20:
@@ -538,6 +547,10 @@ def worker_dies() -> Subject:
     return loading(DyingRows(), workers=1)
 
 
+def worker_is_killed() -> Subject:
+    return loading(KilledRows(), workers=1)
+
+
 def broken_sample() -> Subject:
     return loading(BrokenRows(), workers=1)
 
@@ -556,3 +569,11 @@ def only_first_waits(output, target):
 
 def missing_collective() -> Subject:
     return subject(loss=only_first_waits, processes=2)
+
+
+def hanging_set_up() -> Subject:
+    threading.Event().wait()
+
+
+def failing_set_up() -> Subject:
+    raise RuntimeError("the licence server is away")

@@ -53,9 +53,16 @@ GALLERY = [
         "in forward in part, ended its process: it was killed by",
         "SIG",
     ),
-    (gallery.worker_dies, "data loader worker died", "problem", "died without an error", "--shm-size"),
+    (
+        gallery.worker_dies,
+        "data loader worker died",
+        "problem",
+        "a worker process of the data loader (pid",
+        "--shm-size",
+    ),
+    (gallery.worker_is_killed, "data loader worker died", "problem", "Python error of its own", "--shm-size"),
     (gallery.broken_sample, "data loader fails", "problem", "image 20 is truncated", "dataset[index]"),
-    (gallery.slow_loader, "waiting for data", "warning", "waits for its data", "num_workers=0"),
+    (gallery.slow_loader, "waiting for data", "warning", "waits for its data", "num_workers is 0"),
 ]
 # these are only found out when time has run out
 STALLS = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .step import examine
+from .subject import Subject
 from .verdict import Level, Verdict, exit_code
 
-__all__ = ["Level", "Verdict", "exit_code"]
+__all__ = ["Level", "Subject", "Verdict", "examine", "exit_code"]

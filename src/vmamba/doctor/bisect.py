@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .patient import Patient
 from .verdict import Level, Verdict
 from .watching import Watch, tensors_of
 
-__all__ = ["StandIn", "culprit", "examine_symptom", "parts_of", "search", "symptom"]
+__all__ = ["StandIn", "culprit", "examine_parts", "examine_symptom", "parts_of", "search", "symptom"]
 
 Troubled = Callable[[frozenset[str]], bool]
 Children = Callable[[str], Sequence[str]]
@@ -133,6 +133,18 @@ def _wanting_gradients(batch: Any, leaves: list[Tensor]) -> Any:
     return batch
 
 
+def examine_parts(patient: Patient) -> list[Verdict]:
+    """The tree of parts and their classes, as a verdict that the parent reads."""
+    model = patient.subject.model
+    names = [name for name, _ in model.named_modules()]
+    figures = {"parts": {name: parts_of(model, name) for name in names}, "kinds": _kinds(model)}
+    return [Verdict(Level.OK, "parts", "", figures=figures)]
+
+
+def _kinds(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
 def examine_symptom(patient: Patient, replaced: Sequence[str] = ()) -> list[Verdict]:
     """One step with modules replaced, as a verdict that the parent reads: for trouble that ends the process."""
     found = symptom(patient, replaced)
@@ -151,11 +163,11 @@ def culprit(patient: Patient) -> list[Verdict]:
         # any trouble counts: where a stand-in breaks the step, nothing is learned from it
         return bool(symptom(patient, sorted(replaced), shapes))
 
-    return [verdict_of(search(troubled, lambda name: parts_of(model, name)), trouble, model)]
+    return [verdict_of(search(troubled, lambda name: parts_of(model, name)), trouble, _kinds(model))]
 
 
-def verdict_of(found: Sequence[str], trouble: str, model: nn.Module | None = None) -> Verdict:
-    """The verdict of a search."""
+def verdict_of(found: Sequence[str], trouble: str, kinds: Mapping[str, str]) -> Verdict:
+    """The verdict of a search; ``kinds`` are the classes of the modules."""
     if not found:
         return Verdict(
             Level.WARNING,
@@ -164,8 +176,7 @@ def verdict_of(found: Sequence[str], trouble: str, model: nn.Module | None = Non
             "Look at the loss function and at the forward of the model itself, outside its parts.",
             {"trouble": trouble},
         )
-    kinds = {name: f" ({type(model.get_submodule(name)).__name__})" if model is not None else "" for name in found}
-    whole = " and ".join(f"{name}{kinds[name]}" for name in found)
+    whole = " and ".join(f"{name} ({kinds[name]})" for name in found)
     return Verdict(
         Level.PROBLEM,
         "culprit",

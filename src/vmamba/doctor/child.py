@@ -130,8 +130,11 @@ class Report:
 Work = Callable[[Source, Sequence[Job], Position, float, Callable[..., None]], None]
 
 
-def run_jobs(source: Source, jobs: Sequence[Job], time_limit: float, work: Work) -> Report:
-    """Do ``jobs`` one after another in a child; each, and setting up, may take ``time_limit`` seconds.
+def run_jobs(
+    source: Source, jobs: Sequence[Job], time_limit: float, work: Work, set_up_limit: float | None = None
+) -> Report:
+    """Do ``jobs`` one after another in a child; each may take ``time_limit`` seconds, and setting up ``set_up_limit``
+    (None: the same).
 
     ``work`` is a function of a module, since a new interpreter must be able to import it.
 
@@ -142,7 +145,7 @@ def run_jobs(source: Source, jobs: Sequence[Job], time_limit: float, work: Work)
         folder = Path(name)
         child = _start(source, jobs, time_limit, work, folder)
         try:
-            return _watch(child, jobs, time_limit, folder)
+            return _watch(child, jobs, time_limit, set_up_limit or time_limit, folder)
         finally:
             child.end()
 
@@ -288,7 +291,7 @@ def _child(source: Source, jobs: Sequence[Job], time_limit: float, work: Work, f
         sys.stderr.flush()
 
 
-def _watch(child: _Child, jobs: Sequence[Job], time_limit: float, folder: Path) -> Report:
+def _watch(child: _Child, jobs: Sequence[Job], time_limit: float, set_up_limit: float, folder: Path) -> Report:
     position, report, results = Position(folder / "position"), Report(left=list(jobs)), folder / "results.jsonl"
     began = moved = time.monotonic()
     place, read, current = Place(), 0, Job(SET_UP)
@@ -321,9 +324,10 @@ def _watch(child: _Child, jobs: Sequence[Job], time_limit: float, folder: Path) 
             return report
         if position.read() != place:
             place, moved = position.read(), now
-        if now - began > time_limit:
+        limit = set_up_limit if current.name == SET_UP else time_limit
+        if now - began > limit:
             report.stalled, report.place = current, place
-            report.moving = now - moved < STILL_MOVING * time_limit
+            report.moving = now - moved < STILL_MOVING * limit
             report.stacks = _dump_stacks(child, folder)
             return report
         time.sleep(POLL)

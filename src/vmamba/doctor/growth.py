@@ -33,8 +33,8 @@ SUPERLINEAR = 1.5
 LOOP = 0.8
 # what is less than this share of all work is left alone, and so is a loop of a few turns
 SHARE, TURNS = 0.05, 100
-# times below this say nothing about an exponent
-LONG_ENOUGH = 0.5
+# times of a loaded machine say little: seconds, and nearly quadratic
+LONG_ENOUGH, SURELY_SUPERLINEAR = 1.0, 1.75
 SAMPLES = 2
 SHORTEST = 16
 
@@ -192,7 +192,7 @@ def _judge(model: nn.Module, works: list[_Work]) -> list[Verdict]:
         return found
     seconds = [sum(work.seconds.values()) for work in works]
     exponent = _exponent(seconds[-2], seconds[-1], ratio)
-    if exponent > SUPERLINEAR and seconds[-1] > LONG_ENOUGH and not others:
+    if exponent > SURELY_SUPERLINEAR and seconds[-1] > LONG_ENOUGH and not others:
         return [_slow(exponent, lengths, seconds)]
     if others:
         message = f"Faster than linearly: {listed(others, 3)}, as attention does."

@@ -82,7 +82,7 @@ def examine_learning_rate(patient: Patient) -> list[Verdict]:
         return found or [Verdict(Level.OK, "learning rate", message, figures=figures)]
     sane = _sane_rate(patient, rate, clip)
     if sane is None:
-        remedy = "No rate down to a hundred-millionth of it lowers the loss: look at the loss, the targets and the gradients."
+        remedy = "No rate down to a hundred-millionth of it lowers the loss: look at loss, targets and gradients."
     else:
         remedy = f"Set it to {number(sane)}, with which the loss of this batch falls, and warm up to it."
     return [

@@ -15,7 +15,9 @@ __all__ = ["examine_loader"]
 
 # the first one also starts the workers
 BATCHES = 6
-DEAD_WORKER = "exited unexpectedly"
+DEAD_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>exited unexpectedly|is killed by signal: [\w ]+)"
+)
 
 
 def examine_loader(patient: Patient) -> list[Verdict]:
@@ -64,12 +66,13 @@ def examine_loader(patient: Patient) -> list[Verdict]:
 
 def _fails(error: Exception, given: int) -> Verdict:
     text = str(error).strip()
-    if DEAD_WORKER in text:
-        pids = ", ".join(re.findall(r"\d+", text.partition("(pid(s)")[2].partition(")")[0]))
+    dead = DEAD_WORKER.search(text)
+    if dead is not None:
         return Verdict(
             Level.PROBLEM,
             "data loader worker died",
-            f"After {given} batches a worker process of the data loader (pid {pids}) died without an error of its own.",
+            f"After {given} batches a worker process of the data loader (pid {dead['pids']}) {dead['how'].replace('is killed', 'was killed')}, without a "
+            "Python error of its own.",
             "The system killed it, mostly for want of memory (dmesg says so) or of shared memory (docker: "
             "--shm-size), or a library crashed in it: try num_workers=0, then fewer workers.",
             {"batches": given},

@@ -208,7 +208,10 @@ def failure(error: BaseException, patient: Patient) -> Verdict:
     known = _known_failure(text)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
     line = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    where = named(place.where.partition("|")[0])
+    owner = place.where.partition("|")[0]
+    where = f", in {named(owner)}" if owner else ""
+    # torch's messages go on with advice of their own
+    text = text.partition(". ")[0][:300]
     name, remedy = known or (
         f"{place.phase} fails",
         "Run the step by itself with this batch and put right what the error says.",
@@ -216,9 +219,9 @@ def failure(error: BaseException, patient: Patient) -> Verdict:
     return Verdict(
         Level.PROBLEM,
         name,
-        f"In the {place.phase} pass, in {where}, {type(error).__name__}: {text[:400]}{line}",
+        f"In the {place.phase} pass{where}: {type(error).__name__}: {text}{line}",
         remedy,
-        {"phase": place.phase, "module": place.where.partition("|")[0], "error": type(error).__name__},
+        {"phase": place.phase, "module": owner, "error": type(error).__name__},
     )
 
 
@@ -251,8 +254,7 @@ _FAILURES = (
     (
         "Expected more than 1 value per channel",
         "batch too small for BatchNorm",
-        "Take batches of at least 2 in training (drop_last=True for the last one), or GroupNorm or LayerNorm in the place "
-        "of BatchNorm.",
+        "Take batches of at least 2 in training (drop_last=True for the last one), or GroupNorm or LayerNorm instead.",
     ),
     (
         "out of memory",

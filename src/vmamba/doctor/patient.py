@@ -47,7 +47,7 @@ class Patient:
         model, optimizer = self.subject.model, self.subject.optimizer
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
-                if isinstance(tensor, Tensor) and name in self._state and not tensor.is_meta:
+                if name in self._state:
                     tensor.copy_(self._state[name])
         for parameter in model.parameters():
             parameter.grad = None
@@ -88,4 +88,9 @@ class Patient:
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
+    # on the CPU: a model that fills the GPU has no room for a second one
+    return {
+        name: value.detach().to("cpu", copy=True)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not value.is_meta
+    }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .batch import examine_batch, examine_devices
-from .bisect import culprit, examine_symptom
+from .bisect import culprit, examine_parts, examine_symptom
 from .child import Job, Position, Source
 from .functions import examine_custom_functions
 from .gradients import examine_gradients
@@ -39,13 +39,14 @@ PROBES: dict[str, Callable[..., list[Verdict]]] = {
     "growth": examine_growth,
     "processes": examine_processes,
     "bisect": culprit,
+    "parts": examine_parts,
     "symptom": examine_symptom,
 }
 # after a problem of the first ones the later ones would only repeat it
 GATES = ("loader", "devices", "batch", "loss")
 # and after an error in one of these, or a gradient that is not finite, the later ones would find it again
 STEPS = ("gradients", "learning rate", "memory")
-ORDER = tuple(name for name in PROBES if name not in ("bisect", "symptom"))
+ORDER = tuple(name for name in PROBES if name not in ("bisect", "parts", "symptom"))
 
 
 def work(source: Source, jobs: Sequence[Job], position: Position, time_limit: float, tell: Callable[..., None]) -> None:

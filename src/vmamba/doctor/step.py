@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from .bisect import parts_of, search, verdict_of
+from .bisect import search, verdict_of
 from .child import SET_UP, Job, Report, Source, run_jobs, users_frames
 from .probes import ORDER, work
 from .subject import Subject
@@ -77,7 +77,7 @@ def _after(source: Source, report: Report, time_limit: float) -> list[Verdict]:
     if name == SET_UP:
         return []
     if name == "loader":
-        if not isinstance(source.target, Subject) or source.target.batch is None:
+        if _needs_loader(source):
             return []
         rest = [job for job in report.left if job.name != "loader"]
     elif report.moving and name in ("loss", "gradients"):
@@ -88,10 +88,11 @@ def _after(source: Source, report: Report, time_limit: float) -> list[Verdict]:
         rest = [job for job in report.left if job.name in names[1:]]
     if not rest:
         return []
-    again = _run(source, rest, time_limit)
+    again = _run(source, [Job("loader"), *rest] if _needs_loader(source) else rest, time_limit)
+    verdicts = [verdict for verdict in again.verdicts if verdict.name != "data loader"]
     if again.stalled is None:
-        return again.verdicts
-    return [*again.verdicts, _ended(again, time_limit), *_after(source, again, time_limit)]
+        return verdicts
+    return [*verdicts, _ended(again, time_limit), *_after(source, again, time_limit)]
 
 
 def _unfinished(verdict: Verdict) -> Verdict:
@@ -154,17 +155,22 @@ def _bisect(source: Source, report: Report, verdicts: Sequence[Verdict], time_li
     if all(verdict.level is not Level.PROBLEM for verdict in verdicts):
         return [Verdict(Level.OK, "bisect", "No problem to look for.")]
     stalled = report.stalled is not None and report.stalled.name in ("loss", "gradients")
-    needs_loader = not isinstance(source.target, Subject) or source.target.batch is None
-    first = [Job("loader")] if needs_loader else []
+    first = [Job("loader")] if _needs_loader(source) else []
     if not stalled:
         found = _run(source, [*first, Job("bisect")], time_limit)
         return found.verdicts[len(found.verdicts) - 1 :] if found.stalled is None else [_ended(found, time_limit)]
     trial_limit = max(TRIAL_LEAST, TRIAL_SHARE * time_limit)
-    subject = source.load()
+    tree = _run(source, [Job("parts")], time_limit).verdicts[0].figures
 
     def troubled(replaced: frozenset[str]) -> bool:
-        trial = _run(source, [*first, Job("symptom", (sorted(replaced),))], trial_limit)
+        jobs = [*first, Job("symptom", (sorted(replaced),))]
+        trial = run_jobs(source, jobs, trial_limit, work, set_up_limit=time_limit)
         return trial.stalled is not None or bool(trial.verdicts[-1].message)
 
-    found = search(troubled, lambda name: parts_of(subject.model, name))
-    return [verdict_of(found, f"{report.place.phase} that does not come back", subject.model)]
+    found = search(troubled, lambda name: tree["parts"][name])
+    return [verdict_of(found, f"{report.place.phase} that does not come back", tree["kinds"])]
+
+
+def _needs_loader(source: Source) -> bool:
+    """Whether the batch is what the loader gives."""
+    return not isinstance(source.target, Subject) or source.target.batch is None

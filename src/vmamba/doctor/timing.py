@@ -104,7 +104,7 @@ def _waiting(patient: Patient, step: float) -> list[Verdict]:
     if wait <= max(step, SHORT_WAIT):
         return []
     workers = getattr(patient.subject.loader, "num_workers", None)
-    now = "" if workers is None else f" (num_workers={workers})"
+    now = "" if workers is None else f" (num_workers is {workers})"
     return [
         Verdict(
             Level.WARNING,
