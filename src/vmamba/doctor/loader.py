@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import time
 
-from .child import is_users
 from .patient import Patient
+from .session import is_users
 from .subject import to_device
 from .verdict import Level, Verdict
 from .wording import milliseconds
@@ -68,11 +68,12 @@ def _fails(error: Exception, given: int) -> Verdict:
     text = str(error).strip()
     dead = DEAD_WORKER.search(text)
     if dead is not None:
+        how = dead["how"].replace("is killed", "was killed")
         return Verdict(
             Level.PROBLEM,
             "data loader worker died",
-            f"After {given} batches a worker process of the data loader (pid {dead['pids']}) {dead['how'].replace('is killed', 'was killed')}, without a "
-            "Python error of its own.",
+            f"After {given} batches a worker process of the data loader (pid {dead['pids']}) {how}, "
+            "without a Python error of its own.",
             "The system killed it, mostly for want of memory (dmesg says so) or of shared memory (docker: "
             "--shm-size), or a library crashed in it: try num_workers=0, then fewer workers.",
             {"batches": given},

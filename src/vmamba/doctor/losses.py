@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .child import is_users
 from .patient import Patient
+from .session import is_users
 from .verdict import Level, Verdict
 from .watching import Watch, named, tensors_of
 from .wording import listed, number

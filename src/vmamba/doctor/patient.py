@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .child import Position
+from .session import Position
 from .subject import Subject
 
 __all__ = ["Patient"]

@@ -7,7 +7,6 @@ from typing import Any
 
 from .batch import examine_batch, examine_devices
 from .bisect import culprit, examine_parts, examine_symptom
-from .child import Job, Position, Source
 from .functions import examine_custom_functions
 from .gradients import examine_gradients
 from .growth import examine_growth
@@ -18,6 +17,7 @@ from .memory import examine_memory
 from .patient import Patient
 from .precision import examine_precision
 from .processes import examine_processes
+from .session import Job, Position, Source
 from .slow_paths import examine_slow_paths
 from .timing import examine_time
 from .verdict import Level, Verdict

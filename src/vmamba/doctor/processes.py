@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .child import LAST_WORDS, POLL, Place, Position, users_frames
 from .patient import USED_SHARE, Patient
+from .session import LAST_WORDS, POLL, Place, Position, users_frames
 from .verdict import Level, Verdict
 
 __all__ = ["examine_processes"]
@@ -33,7 +33,7 @@ def examine_processes(patient: Patient) -> list[Verdict]:
         return []
     if patient.subject.device.type != "cpu" or not hasattr(os, "fork"):
         return [Verdict(Level.OK, "processes", "Not examined: only a model on the CPU can be copied to processes.")]
-    with tempfile.TemporaryDirectory(prefix="vmamba-doctor-") as name:
+    with tempfile.TemporaryDirectory(prefix="vmamba-doctor-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         patient.restore()
         ranks = {rank: _start(patient, rank, count, folder) for rank in range(count)}

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from .bisect import search, verdict_of
-from .child import SET_UP, Job, Report, Source, run_jobs, users_frames
 from .probes import ORDER, work
+from .session import SET_UP, Job, Report, Source, run_jobs, users_frames
 from .subject import Subject
 from .verdict import Level, Verdict
 from .watching import named

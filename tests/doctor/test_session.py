@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from vmamba.doctor import Level, child, examine
-from vmamba.doctor.child import Place, Position, users_frames
+from vmamba.doctor import Level, examine, session
+from vmamba.doctor.session import Place, Position, users_frames
 
 from . import gallery
 
 STACKS = f"""Thread 0x00007f (most recent call first):
-  File "{child.LIBRARIES[0]}/threading.py", line 355 in wait
+  File "{session.LIBRARIES[0]}/threading.py", line 355 in wait
   File "/home/me/train.py", line 12 in backward
-  File "{child.OURS}/watching.py", line 90 in backward
+  File "{session.OURS}/watching.py", line 90 in backward
   File "/home/me/main.py", line 3 in <module>
 
 Current thread 0x00007e (most recent call first):
-  File "{child.LIBRARIES[1]}/torch/utils/data/dataloader.py", line 7 in _next_data
+  File "{session.LIBRARIES[1]}/torch/utils/data/dataloader.py", line 7 in _next_data
   File "/home/me/data.py", line 40 in __getitem__
 """
 
@@ -45,7 +45,7 @@ def test_users_own_frames() -> None:
 
 
 def test_a_subject_that_cannot_be_inherited_is_written_to_a_file(monkeypatch) -> None:
-    monkeypatch.setattr(child, "_can_fork", lambda: False)
+    monkeypatch.setattr(session, "_can_fork", lambda: False)
     verdicts = examine(gallery.sound())
     assert wrong(verdicts) == []
     assert "learning rate" in {verdict.name for verdict in verdicts}
@@ -57,7 +57,7 @@ def test_a_subject_that_cannot_be_inherited_is_written_to_a_file(monkeypatch) ->
 @pytest.mark.parametrize(
     ("target", "limit", "name", "words"),
     [
-        ("tests.doctor.gallery:hanging_set_up", 10, "set-up never returns", "in hanging_set_up"),
+        ("tests.doctor.gallery:hanging_set_up", 5, "set-up never returns", "in hanging_set_up"),
         ("tests.doctor.gallery:failing_set_up", 60, "set-up fails", "the licence server is away"),
     ],
 )

@@ -40,6 +40,8 @@ LAST_WORDS = 1.0
 STILL_MOVING = 0.2
 MISTAKES = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)
 SET_UP = "set-up"
+# a new interpreter imports torch, on a busy machine; the time of its first job begins after that
+START_SECONDS = 180.0
 # characters of stacks that are kept
 STACKS = 100_000
 
@@ -141,7 +143,7 @@ def run_jobs(
     Raises:
         ValueError: the subject can neither be inherited nor written to a file.
     """
-    with tempfile.TemporaryDirectory(prefix="vmamba-doctor-") as name:
+    with tempfile.TemporaryDirectory(prefix="vmamba-doctor-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         child = _start(source, jobs, time_limit, work, folder)
         try:
@@ -210,7 +212,7 @@ def _start(source: Source, jobs: Sequence[Job], time_limit: float, work: Work, f
     (folder / "order.json").write_text(json.dumps(order), encoding="utf-8")
     with open(folder / "output.txt", "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", "from vmamba.doctor.child import main; main()", str(folder)],
+            [sys.executable, "-c", "from vmamba.doctor.session import main; main()", str(folder)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -276,6 +278,7 @@ def _child(source: Source, jobs: Sequence[Job], time_limit: float, work: Work, f
     def tell(**line: Any) -> None:
         print(json.dumps(line), file=results, flush=True)
 
+    tell(started=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -294,7 +297,7 @@ def _child(source: Source, jobs: Sequence[Job], time_limit: float, work: Work, f
 def _watch(child: _Child, jobs: Sequence[Job], time_limit: float, set_up_limit: float, folder: Path) -> Report:
     position, report, results = Position(folder / "position"), Report(left=list(jobs)), folder / "results.jsonl"
     began = moved = time.monotonic()
-    place, read, current = Place(), 0, Job(SET_UP)
+    place, read, current, limit = Place(), 0, Job(SET_UP), START_SECONDS
     while True:
         code = child.poll()
         now = time.monotonic()
@@ -309,8 +312,10 @@ def _watch(child: _Child, jobs: Sequence[Job], time_limit: float, set_up_limit: 
                 report.mistake = {cls.__name__: cls for cls in MISTAKES}[kind](message)
                 return report
             began = moved = now
+            if "started" in line:
+                limit = set_up_limit
             if "began" in line:
-                current = jobs[line["began"]]
+                current, limit = jobs[line["began"]], time_limit
             if "ended" in line:
                 report.left = list(jobs[line["ended"] + 1 :])
                 report.verdicts += [_verdict(values) for values in line["verdicts"]]
@@ -324,7 +329,6 @@ def _watch(child: _Child, jobs: Sequence[Job], time_limit: float, set_up_limit: 
             return report
         if position.read() != place:
             place, moved = position.read(), now
-        limit = set_up_limit if current.name == SET_UP else time_limit
         if now - began > limit:
             report.stalled, report.place = current, place
             report.moving = now - moved < STILL_MOVING * limit
