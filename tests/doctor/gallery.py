@@ -242,6 +242,10 @@ class Scales(nn.Module):
         return self.apply_function(x, self.weight)
 
 
+def dead_branch_in_two_processes() -> Subject:
+    return subject(TwoBranches(), processes=2)
+
+
 def function_returns_none() -> Subject:
     return subject(Net(Scales(ForgetsWeight)))
 
@@ -322,6 +326,17 @@ class Huge(nn.Module):
 def fp16_overflow() -> Subject:
     model = Net(Huge())
     return subject(model, precision="fp16", optimizer=torch.optim.SGD(model.parameters(), lr=1e-8), clip_norm=1.0)
+
+
+def large_loss_in_fp16() -> Subject:
+    """Gradients that overflow at the first loss scales, as they may."""
+    model = Net()
+    return subject(
+        model,
+        loss=lambda output, target: 1000 * F.cross_entropy(output, target),
+        precision="fp16",
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e-4),
+    )
 
 
 def sound_fp16() -> Subject:
@@ -536,6 +551,14 @@ class SlowRows(Rows):
 
 def loading(rows: Dataset, workers: int = 0) -> Subject:
     loader = DataLoader(rows, batch_size=16, num_workers=workers, multiprocessing_context="fork" if workers else None)
+    return subject(loader=loader)
+
+
+def slow_workers() -> Subject:
+    def start(_: int) -> None:
+        time.sleep(1.5)
+
+    loader = DataLoader(Rows(), 16, num_workers=2, multiprocessing_context="fork", worker_init_fn=start)
     return subject(loader=loader)
 
 

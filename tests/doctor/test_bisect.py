@@ -59,6 +59,10 @@ def test_a_backward_that_is_not_finite() -> None:
     assert culprit_of(examine(gallery.nan_in_backward(), bisect=True)).figures["modules"] == ["part"]
 
 
+def test_an_overflow_of_fp16() -> None:
+    assert culprit_of(examine(gallery.fp16_overflow(), bisect=True)).figures["modules"] == ["part.up"]
+
+
 def test_a_backward_that_never_returns() -> None:
     """Every trial has a process and a limit of its own."""
     found = culprit_of(examine(gallery.blocking_backward(), bisect=True, time_limit=4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmamba.doctor import Level
+from vmamba.doctor import Level, loader
 from vmamba.doctor.step import examine
 
 from . import gallery
@@ -70,7 +70,14 @@ STALLS = [
     (gallery.blocking_forward, "forward never returns", "in part", "in forward"),
     (gallery.worker_deadlock, "data loader is stuck", "No batch came", "in at"),
 ]
-SOUND = [gallery.sound, gallery.right_gradient, gallery.straight_through, gallery.attention, gallery.sound_fp16]
+SOUND = [
+    gallery.sound,
+    gallery.right_gradient,
+    gallery.straight_through,
+    gallery.attention,
+    gallery.sound_fp16,
+    gallery.large_loss_in_fp16,
+]
 
 
 def wrong(verdicts):
@@ -115,3 +122,25 @@ def test_a_collective_that_only_one_process_calls() -> None:
     assert "process 0 is in forward" in found[0].message
     assert "only_first_waits" in found[0].message
     assert "if rank == 0" in found[0].remedy
+
+
+def test_what_ddp_does_about_a_dead_branch_is_as_the_remedy_says() -> None:
+    found = wrong(examine(gallery.dead_branch_in_two_processes(), time_limit=60))
+    assert [verdict.name for verdict in found] == ["parameters without gradient", "DDP misses gradients"], found
+    assert "Expected to have finished reduction" in found[0].remedy
+    assert "Expected to have finished reduction" in found[1].message
+
+
+def test_the_loss_scale_comes_down_to_where_gradients_are_finite() -> None:
+    (verdict,) = (v for v in examine(gallery.large_loss_in_fp16()) if v.name == "precision")
+    assert 1 <= verdict.figures["scale"] < 2**16
+    assert verdict.figures["scale"] * 2 ** verdict.figures["skipped"] == 2**16
+
+
+def test_workers_that_start_slowly(monkeypatch) -> None:
+    # a child that is forked takes this with it
+    monkeypatch.setattr(loader, "SLOW_START", 1.0)
+    found = wrong(examine(gallery.slow_workers(), time_limit=60))
+    assert [verdict.name for verdict in found] == ["workers start slowly"], found
+    assert "2 workers" in found[0].message
+    assert "persistent_workers=True" in found[0].remedy

@@ -15,6 +15,8 @@ __all__ = ["examine_loader"]
 
 # the first one also starts the workers
 BATCHES = 6
+# seconds that starting the workers may take at the beginning of every epoch
+SLOW_START = 5.0
 DEAD_WORKER = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>exited unexpectedly|is killed by signal: [\w ]+)"
 )
@@ -52,6 +54,9 @@ def examine_loader(patient: Patient) -> list[Verdict]:
         subject.batch = to_device(first, subject.device)
     # how long a batch takes when the loader is under way
     patient.facts["waits"] = waits[1:]
+    workers = getattr(subject.loader, "num_workers", 0)
+    if workers and not subject.loader.persistent_workers and waits[0] - max(waits[1:], default=0.0) > SLOW_START:
+        return [_starts_slowly(waits[0], workers)]
     message = f"{len(waits)} batches" if len(waits) > 1 else "1 batch"
     return [
         Verdict(
@@ -62,6 +67,17 @@ def examine_loader(patient: Patient) -> list[Verdict]:
             figures={"wait_seconds": waits},
         )
     ]
+
+
+def _starts_slowly(seconds: float, workers: int) -> Verdict:
+    return Verdict(
+        Level.WARNING,
+        "workers start slowly",
+        f"The first batch came after {seconds:.1f} s: so long the {workers} workers take to start, at every epoch.",
+        "Keep them with persistent_workers=True. Workers that are spawned import everything again and copy the "
+        "data set: make it small to pickle, or fork them (multiprocessing_context='fork').",
+        {"seconds": seconds, "workers": workers},
+    )
 
 
 def _fails(error: Exception, given: int) -> Verdict:
