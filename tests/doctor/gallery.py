@@ -489,6 +489,23 @@ def blocking_forward() -> Subject:
     return subject(Net(Sleeps()))
 
 
+class TellsAndSleeps(nn.Module):
+    """Writes down which process it runs in, and sleeps."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        self.file = file
+
+    def forward(self, x):
+        with open(self.file, "w") as file:
+            file.write(str(os.getpid()))
+        threading.Event().wait()
+
+
+def telling_blocking_forward(file: str) -> Subject:
+    return subject(Net(TellsAndSleeps(file)))
+
+
 class Dies(nn.Module):
     def forward(self, x):
         os.abort()

@@ -103,6 +103,7 @@ def test_what_never_returns_is_ended_and_located(make, name, module, frame) -> N
     assert frame in found[0].message
 
 
+@pytest.mark.slow
 def test_what_is_slow_is_not_called_stuck_and_its_loop_is_found() -> None:
     found = wrong(examine(gallery.slow_quadratic_loop(), time_limit=8))
     assert found[0].name in ("backward is slow", "forward is slow"), found
@@ -116,6 +117,7 @@ def test_sound_steps_are_left_in_peace(make) -> None:
     assert {"batch", "loss", "gradients", "learning rate", "memory", "time"} <= {verdict.name for verdict in verdicts}
 
 
+@pytest.mark.slow
 def test_a_collective_that_only_one_process_calls() -> None:
     found = wrong(examine(gallery.missing_collective(), time_limit=24))
     assert [verdict.name for verdict in found] == ["collective never completes"], found

@@ -6,19 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from vmamba.doctor import Level, examine, session
-from vmamba.doctor.session import Place, Position, users_frames
+from vmamba.doctor import Level, examine, session, stacks
+from vmamba.doctor.position import Place, Position
+from vmamba.doctor.stacks import users_frames
 
 from . import gallery
 
 STACKS = f"""Thread 0x00007f (most recent call first):
-  File "{session.LIBRARIES[0]}/threading.py", line 355 in wait
+  File "{stacks.LIBRARIES[0]}/threading.py", line 355 in wait
   File "/home/me/train.py", line 12 in backward
-  File "{session.OURS}/watching.py", line 90 in backward
+  File "{stacks.OURS}/watching.py", line 90 in backward
   File "/home/me/main.py", line 3 in <module>
 
 Current thread 0x00007e (most recent call first):
-  File "{session.LIBRARIES[1]}/torch/utils/data/dataloader.py", line 7 in _next_data
+  File "{stacks.LIBRARIES[1]}/torch/utils/data/dataloader.py", line 7 in _next_data
   File "/home/me/data.py", line 40 in __getitem__
 """
 

@@ -60,18 +60,21 @@ def run_yaml(run_config, tmp_path):
     return str(tmp_path / "run.yaml")
 
 
+@pytest.mark.slow
 def test_a_sound_config(run_yaml) -> None:
     verdicts = examine(run_yaml)
     assert wrong(verdicts) == []
     assert EVERY_STEP | {"data loader", "growth with L"} == {verdict.name for verdict in verdicts}
 
 
+@pytest.mark.slow
 def test_a_config_that_cannot_train(run_yaml) -> None:
     found = wrong(examine(run_yaml, overrides=["optim.lr=1e4", "optim.name=sgd", "optim.clip_norm=0"], device="cpu"))
     assert [verdict.name for verdict in found] == ["learning rate too high"]
     assert found[0].figures["sane"] < 1e3
 
 
+@pytest.mark.slow
 def test_a_run_directory_is_examined_with_its_weights(run_config, tmp_path) -> None:
     run_dir = train(run_config(), tmp_path / "run").run_dir
     assert wrong(examine(str(run_dir))) == []
@@ -114,6 +117,7 @@ def test_labels_of_segmentation_are_looked_at() -> None:
     assert "255" in found[0].remedy
 
 
+@pytest.mark.slow
 def test_sound_detection(make_coco) -> None:
     from vmamba.models.detection import mask_rcnn
 
@@ -131,6 +135,7 @@ def test_sound_detection(make_coco) -> None:
     assert {verdict.name for verdict in verdicts} == EVERY_STEP | {"data loader", "growth with L"}
 
 
+@pytest.mark.slow
 def test_a_function_by_its_name() -> None:
     verdicts = examine("tests.doctor.gallery:sound_parts")
     assert wrong(verdicts) == []
@@ -177,6 +182,7 @@ def test_mistakes_are_told_at_once(target, error, words) -> None:
         examine(target)
 
 
+@pytest.mark.slow
 def test_a_config_with_a_mistake_and_overrides_without_a_config(tmp_path) -> None:
     (tmp_path / "run.yaml").write_text("model: {name: vmamba_nano}\nrun: {speed: high}\n")
     with pytest.raises(ValueError, match=r"run\.speed"):
@@ -229,13 +235,37 @@ def test_nothing_is_left_running() -> None:
     before = set(processes())
     examine(gallery.worker_deadlock(), time_limit=2)
     ours = str(Path(sys.executable).resolve())
-    end = time.monotonic() + 10
+
+    def left():
+        return [pid for pid in set(processes()) - before if _program(pid) == ours and _group(pid) != _group("self")]
+
+    assert _happens(lambda: not left(), 10), left()
+
+
+def test_nobody_is_left_when_the_doctor_is_killed(tmp_path) -> None:
+    program = (
+        "from tests.doctor import gallery\n"
+        "from vmamba.doctor import examine\n"
+        f"subject = gallery.telling_blocking_forward({str(tmp_path / 'pid')!r})\n"
+        "examine(subject, time_limit=600)\n"
+    )
+    doctor = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        assert _happens(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text(), 120)
+    finally:
+        doctor.kill()
+        doctor.wait()
+    patient = (tmp_path / "pid").read_text()
+    assert _happens(lambda: _program(patient) != str(Path(sys.executable).resolve()), 20)
+
+
+def _happens(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
-        left = [pid for pid in set(processes()) - before if _program(pid) == ours and _group(pid) != _group("self")]
-        if not left:
-            return
-        time.sleep(0.1)
-    pytest.fail(f"still running: {left}")
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _program(pid: int | str) -> str:

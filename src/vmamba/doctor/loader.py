@@ -6,7 +6,7 @@ import re
 import time
 
 from .patient import Patient
-from .session import is_users
+from .stacks import is_users
 from .subject import to_device
 from .verdict import Level, Verdict
 from .wording import milliseconds

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .patient import Patient
-from .session import is_users
+from .stacks import is_users
 from .verdict import Level, Verdict
 from .watching import Watch, named, tensors_of
 from .wording import listed, number

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .session import Position
+from .position import Position
 from .subject import Subject
 
 __all__ = ["Patient"]

@@ -15,9 +15,10 @@ from .loader import examine_loader
 from .losses import examine_loss, failure
 from .memory import examine_memory
 from .patient import Patient
+from .position import Position
 from .precision import examine_precision
 from .processes import examine_processes
-from .session import Job, Position, Source
+from .session import Job, Source
 from .slow_paths import examine_slow_paths
 from .timing import examine_time
 from .verdict import Level, Verdict

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .patient import USED_SHARE, Patient
-from .session import LAST_WORDS, POLL, Place, Position, users_frames
+from .position import Place, Position
+from .session import LAST_WORDS, POLL
+from .stacks import users_frames
 from .verdict import Level, Verdict
 
 __all__ = ["examine_processes"]

@@ -8,15 +8,13 @@ killed with everything it started (it leads a process group).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
-import mmap
 import os
-import re
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import traceback
@@ -28,10 +26,11 @@ from typing import Any
 
 import torch
 
+from .position import SET_UP, Place, Position
 from .subject import Subject, load
 from .verdict import Level, Verdict
 
-__all__ = ["Job", "Place", "Position", "Report", "Source", "run_jobs"]
+__all__ = ["Job", "Report", "Source", "Work", "run_jobs"]
 
 POLL = 0.02
 # how long processes get to write their stacks down before they are killed
@@ -39,7 +38,6 @@ LAST_WORDS = 1.0
 # a child that still moved in this last part of its time is slow, not stuck
 STILL_MOVING = 0.2
 MISTAKES = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)
-SET_UP = "set-up"
 # a new interpreter imports torch, on a busy machine; the time of its first job begins after that
 START_SECONDS = 180.0
 # characters of stacks that are kept
@@ -68,40 +66,6 @@ class Job:
     arguments: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a child was: phase ("data", "forward", "loss", "backward", "optimiser"), module, ``done`` of ``total``
-    nodes of the backward pass."""
-
-    phase: str = SET_UP
-    where: str = ""
-    done: int = 0
-    total: int = 0
-
-
-class Position:
-    """A :class:`Place` in a file: written by one process in microseconds, read by another at any time."""
-
-    SIZE = 1024
-
-    def __init__(self, path: str | Path) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-        os.ftruncate(descriptor, self.SIZE)
-        self._memory = mmap.mmap(descriptor, self.SIZE)
-        os.close(descriptor)
-
-    def note(self, phase: str, where: str = "", done: int = 0, total: int = 0) -> None:
-        text = f"{phase}\t{where[:800]}\t{done}\t{total}\n".encode()[: self.SIZE]
-        self._memory[: len(text)] = text
-
-    def read(self) -> Place:
-        line = bytes(self._memory).partition(b"\n")[0].decode(errors="replace").split("\t")
-        # a line caught while it was being written is no line
-        if len(line) != 4 or not (line[2].isdigit() and line[3].isdigit()):
-            return Place()
-        return Place(line[0], line[1], int(line[2]), int(line[3]))
-
-
 @dataclass
 class Report:
     """How a child ended.
@@ -121,7 +85,7 @@ class Report:
     left: list[Job] = field(default_factory=list)
     stalled: Job | None = None
     died: str = ""
-    place: Place = Place()
+    place: Place = field(default_factory=Place)
     moving: bool = False
     stacks: str = ""
     output: str = ""
@@ -268,6 +232,9 @@ def _child(source: Source, jobs: Sequence[Job], time_limit: float, work: Work, f
         for stream in (1, 2):
             os.dup2(output, stream)
         sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115 for life
+    if sys.platform == "linux":
+        # should our parent be killed, so are we: option 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     stacks = open(folder / "stacks.txt", "a")  # noqa: SIM115 for the life of the process
     faulthandler.enable(stacks)
     if hasattr(faulthandler, "register"):
@@ -364,31 +331,3 @@ def _dump_stacks(child: _Child, folder: Path) -> str:
             break
         size = len(text)
     return _tail(folder / "stacks.txt", STACKS)
-
-
-OURS = str(Path(__file__).parent)
-LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-
-
-def is_users(file: str) -> bool:
-    """Whether a source file is neither a library's, nor the doctor's, nor no file at all."""
-    return not file.startswith((*LIBRARIES, OURS, "<"))
-
-
-FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>\S+)')
-
-
-def users_frames(stacks: str) -> list[str]:
-    """ "file.py:12 in f" for each thread of faulthandler's ``stacks``: its innermost frame outside libraries.
-
-    Threads that only run libraries are left out; the last processes to write, a loader's workers among them, come last.
-    """
-    found = []
-    for thread in re.split(r"^(?:Current thread|Thread) .*$", stacks, flags=re.MULTILINE):
-        for frame in FRAME.finditer(thread):
-            if frame["file"].startswith(OURS):
-                break  # below are those who called the doctor
-            if is_users(frame["file"]):
-                found.append(f"{frame['file']}:{frame['line']} in {frame['function']}")
-                break
-    return list(dict.fromkeys(found))

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from .bisect import search, verdict_of
+from .position import SET_UP
 from .probes import ORDER, work
-from .session import SET_UP, Job, Report, Source, run_jobs, users_frames
+from .session import Job, Report, Source, run_jobs
+from .stacks import users_frames
 from .subject import Subject
 from .verdict import Level, Verdict
 from .watching import named

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .session import Position
+from .position import Position
 from .subject import Subject
 
 __all__ = ["LOSS", "Watch", "custom_function", "named", "tensors_of"]
