@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from ..data.folder import Files
 from ..data.loading import seed_generators
 from ..data.sources import Samples
 from ..models import load_checkpoint
-from ..tasks import Classification, ClassificationScores
+from ..tasks import Classification, ClassificationScores, Task
 from .checkpoints import About, load_trained, make_model, read_checkpoint
 from .config import Config, as_dict, from_dict, read_yaml, to_yaml
 from .distributed import World, join_world
@@ -96,6 +96,46 @@ def resume(run_dir: str | Path, *, callbacks: MakeCallbacks = tuple) -> Outcome:
     machine = _machine_to_train_on(config)
     with join_world(machine.device) as world:
         return _go_on(config, machine, world, run_dir, about, callbacks)
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What a training step of a run is made of; the batches are those of a pass, on the CPU or, with
+    ``data.in_memory``, on the device that trains."""
+
+    model: nn.Module
+    task: Task
+    batches: Iterable[Any]
+    optimizer: torch.optim.Optimizer
+    machine: Machine
+
+
+def step_parts(config: Config) -> StepParts:
+    """Make what :func:`train` would train with, in one process, and write nothing. The model is on its device.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: data, model or settings do not fit.
+    """
+    from .lightning_module import optimizer_of
+
+    machine = _machine_to_train_on(config)
+    prepared = _prepare(config, machine, World(), weights=True)
+    model = prepared.model.train().to(machine.device)
+    if config.run.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    batches = training_batches(
+        prepared.splits.train,
+        preprocessing_of(config),
+        config.augment,
+        batch_size=_pass_size(config, World()),
+        workers=config.data.workers,
+        seed=config.run.seed,
+        in_memory=config.data.in_memory,
+        longest=config.data.memory_size,
+        device=machine.device,
+        accumulate=config.run.accumulate,
+    )
+    return StepParts(model, prepared.task, batches, optimizer_of(model, config), machine)
 
 
 def _start(config: Config, machine: Machine, world: World, run_dir: Path, callbacks: MakeCallbacks) -> Outcome:
