@@ -57,10 +57,10 @@ def test_json(asked, capsys):
 
 
 def test_a_step_is_handed_on(asked):
-    main(["doctor", "--config", "run.yaml", "data.workers=0", "run.seed=1", "--bisect", "--device", "cuda"])
+    main(["doctor", "--config", "run.yaml", "--set", "data.workers=0", "--set", "run.seed=1", "--bisect"])
     assert asked[1] == (
         "run.yaml",
-        {"overrides": ["data.workers=0", "run.seed=1"], "device": "cuda", "bisect": True, "time_limit": 120.0},
+        {"overrides": ["data.workers=0", "run.seed=1"], "device": "auto", "bisect": True, "time_limit": 120.0},
     )
 
 
@@ -68,7 +68,7 @@ def test_a_step_is_handed_on(asked):
     ("arguments", "says"),
     [
         (["--bisect"], "--bisect is about a training step: name it with --config"),
-        (["run.yaml"], "run.yaml is about a training step: name it with --config"),
+        (["--set", "run.seed=1"], "--set is about a training step: name it with --config"),
         (["--time-limit", "0"], "--time-limit must be positive, not 0"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -98,7 +98,7 @@ def test_a_step_really(make_photos, tmp_path, capsys):
         f"model: {{name: vmamba_nano, kwargs: {{dims: 8, depths: [1, 1, 1, 1]}}}}\n"
         f"data: {{source: {photos}, image_size: 32, batch_size: 4, workers: 0}}\nrun: {{device: cpu}}\n"
     )
-    main(["doctor", "--config", str(tmp_path / "run.yaml"), "run.precision=fp32"])
+    main(["doctor", "--config", str(tmp_path / "run.yaml"), "--set", "run.precision=fp32"])
     output = capsys.readouterr().out
     assert "ok       loss: A finite scalar" in output
     assert "0 problems" in output

@@ -20,11 +20,11 @@ HELP = "find out why training is stuck, slow or NaN"
 EXAMPLES = """examples:
   vmamba doctor
   vmamba doctor --config runs/photos-vmamba_micro
-  vmamba doctor --config my.yaml data.workers=0 run.precision=fp16
+  vmamba doctor --config my.yaml --set data.workers=0 --set run.precision=fp16
   vmamba doctor --config my_project.train:step --bisect
 
 --config takes a config file, a run directory, or module:function, a function without arguments that returns any
-nn.Module with its loss and a batch. docs/stuck.md lists every symptom with its cause and the remedy."""
+nn.Module, its loss and a batch. docs/stuck.md lists every symptom with its cause and the remedy."""
 
 TIME_LIMIT = 120.0
 MARKS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
@@ -35,10 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="TARGET", help="examine one training step of RUN.yaml, a run directory or module:function"
     )
     parser.add_argument(
-        "overrides",
-        nargs="*",
+        "--set",
+        action="append",
+        default=[],
         metavar="FIELD=VALUE",
-        help="for --config: change config fields, as --set of vmamba train",
+        help="for --config: change one config field; repeatable, as of vmamba train",
     )
     parser.add_argument(
         "--bisect", action="store_true", help="for --config: replace parts of the model until the trouble disappears"
@@ -66,8 +67,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _examine(options: argparse.Namespace) -> list[Verdict]:
     if options.config is None:
-        if options.overrides or options.bisect:
-            what = options.overrides[0] if options.overrides else "--bisect"
+        if options.set or options.bisect:
+            what = "--set" if options.set else "--bisect"
             raise ValueError(f"{what} is about a training step: name it with --config")
         from ..doctor.environment import examine_environment
 
@@ -76,7 +77,7 @@ def _examine(options: argparse.Namespace) -> list[Verdict]:
 
     return step.examine(
         options.config,
-        overrides=options.overrides,
+        overrides=options.set,
         device=options.device,
         bisect=options.bisect,
         time_limit=options.time_limit,
