@@ -3,19 +3,22 @@
 import csv
 import ctypes
 import faulthandler
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from vmamba.doctor import StalledTraining, Watchdog
+from vmamba.doctor import StalledTraining, Watchdog, environment, watcher
+from vmamba.doctor.watchdog import _gpu_facts
 from vmamba.doctor.watcher import COLUMNS, DUMP_SIGNAL, diagnose, threads_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -336,3 +339,57 @@ def test_the_gpu_and_the_last_kernel_are_told(tmp_path):
     assert torch.cuda.get_device_name() in text
     assert "work queued: done" in text
     assert re.search(r"last Triton kernel of vmamba: _\w+", text)
+
+
+# -- what a machine without a GPU, or without /proc, can try of the others
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A function that puts a program of that name first on the path; it prints what it is given."""
+
+    def make(name, output):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+
+    return make
+
+
+@pytest.mark.parametrize(("output", "found"), [("10240, 87", (10.0, 87.0)), ("[N/A], [N/A]", None), ("", None)])
+def test_the_gpu_as_nvidia_smi_tells_it(program, output, found):
+    program("nvidia-smi", output)
+    assert watcher.ask_nvidia_smi("nvidia-smi", "GPU-1") == found
+
+
+def test_the_driver_as_nvidia_smi_tells_it(program):
+    program("nvidia-smi", "| Driver Version: 550.54.15   CUDA Version: 12.4 |\nGPU 0: NVIDIA L4 (UUID: GPU-1)")
+    assert environment._from_driver() == (("NVIDIA L4",), "550.54.15", (12, 4))
+
+
+def test_a_training_on_a_gpu_tells_of_it(monkeypatch):
+    launch = SimpleNamespace(last_launched=[SimpleNamespace(jit=SimpleNamespace(__name__="_scan_kernel"))])
+    monkeypatch.setitem(sys.modules, "vmamba.ops.triton_backend.launch", launch)
+    for name, answer in {
+        "is_initialized": True,
+        "get_device_name": "NVIDIA L4",
+        "memory_allocated": 2**30,
+        "memory_reserved": 2**31,
+        "default_stream": SimpleNamespace(query=lambda: False),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    assert _gpu_facts() == {
+        "device": "NVIDIA L4",
+        "memory": "1.00 GiB allocated, 2.00 GiB reserved",
+        "last Triton kernel of vmamba": "_scan_kernel",
+        "work queued": "unfinished",
+    }
+
+
+def test_processes_are_the_same_from_both_sources():
+    ps, proc = ({p.pid: p for p in source()}[os.getpid()] for source in (watcher._from_ps, watcher._from_proc))
+    assert ps.parent == proc.parent == os.getppid()
+    assert ps.resident == pytest.approx(proc.resident, rel=0.2)
+    assert ps.cpu == pytest.approx(proc.cpu, abs=5)

@@ -261,12 +261,12 @@ def _gpu_facts() -> dict[str, str]:
     if not torch.cuda.is_initialized():
         return {}
     launch = sys.modules.get("vmamba.ops.triton_backend.launch")
-    kernel = launch.last_launched if launch is not None else None
+    kernel = launch.last_launched[0] if launch is not None else None
     facts = {
         "device": torch.cuda.get_device_name(),
         "memory": f"{torch.cuda.memory_allocated() / 2**30:.2f} GiB allocated, "
         f"{torch.cuda.memory_reserved() / 2**30:.2f} GiB reserved",
-        "last Triton kernel of vmamba": kernel.name if kernel is not None else "none yet",
+        "last Triton kernel of vmamba": kernel.jit.__name__ if kernel is not None else "none yet",
     }
     try:
         facts["work queued"] = "done" if torch.cuda.default_stream().query() else "unfinished"

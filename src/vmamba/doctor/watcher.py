@@ -278,14 +278,20 @@ class Gpu:
                 time.sleep(SAMPLE_SECONDS)
 
     def _from_nvidia_smi(self, uuid: str) -> None:
-        program = shutil.which("nvidia-smi")
-        query = ["--query-gpu=memory.used,utilization.gpu", "--format=csv,noheader,nounits", "-i", uuid]
-        while program:
-            answer = subprocess.run([program, *query], capture_output=True, text=True, check=False).stdout
-            with contextlib.suppress(ValueError):  # "[N/A]", or nothing
-                used, percent = map(float, answer.split(","))
-                self.latest = used / 2**10, percent
+        while program := shutil.which("nvidia-smi"):
+            self.latest = ask_nvidia_smi(program, uuid)
             time.sleep(SAMPLE_SECONDS)
+
+
+def ask_nvidia_smi(program: str, uuid: str) -> tuple[float, float] | None:
+    """Used memory in GiB and utilisation in percent; None where it does not tell."""
+    query = ["--query-gpu=memory.used,utilization.gpu", "--format=csv,noheader,nounits", "-i", uuid]
+    answer = subprocess.run([program, *query], capture_output=True, text=True, check=False).stdout
+    try:
+        used, percent = map(float, answer.split(","))
+    except ValueError:  # "[N/A]", or nothing
+        return None
+    return used / 2**10, percent
 
 
 def _has_pynvml() -> bool:
