@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from vmamba.doctor import session
 from vmamba.doctor.subject import Subject
 
 
@@ -57,6 +58,11 @@ def sound() -> Subject:
 def sound_parts():
     """As people with a loop of their own would write it."""
     return Net(), nn.CrossEntropyLoss(), (numbers(16, 8), labels(16, 4))
+
+
+def given(make) -> Subject | str:
+    """The subject itself where a child can inherit it; else its name, since not all of these can be pickled."""
+    return make() if session._can_fork() else f"{make.__module__}:{make.__name__}"
 
 
 # the loss

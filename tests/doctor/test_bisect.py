@@ -56,25 +56,25 @@ def test_two_culprits_are_both_found() -> None:
 
 
 def test_a_backward_that_is_not_finite() -> None:
-    assert culprit_of(examine(gallery.nan_in_backward(), bisect=True)).figures["modules"] == ["part"]
+    assert culprit_of(examine(gallery.given(gallery.nan_in_backward), bisect=True)).figures["modules"] == ["part"]
 
 
 def test_an_overflow_of_fp16() -> None:
-    assert culprit_of(examine(gallery.fp16_overflow(), bisect=True)).figures["modules"] == ["part.up"]
+    assert culprit_of(examine(gallery.given(gallery.fp16_overflow), bisect=True)).figures["modules"] == ["part.up"]
 
 
 def test_a_backward_that_never_returns() -> None:
     """Every trial has a process and a limit of its own."""
-    found = culprit_of(examine(gallery.blocking_backward(), bisect=True, time_limit=4))
+    found = culprit_of(examine(gallery.given(gallery.blocking_backward), bisect=True, time_limit=4))
     assert found.figures["modules"] == ["part.1"]
     assert "backward that does not come back" in found.message
 
 
 def test_trouble_outside_the_modules_and_no_trouble() -> None:
-    verdicts = examine(gallery.logarithm_in_the_loss(), bisect=True)
+    verdicts = examine(gallery.given(gallery.logarithm_in_the_loss), bisect=True)
     assert verdicts[-1].name == "no culprit found"
     assert "loss function" in verdicts[-1].remedy
-    assert examine(gallery.sound(), bisect=True)[-1].message == "No problem to look for."
+    assert examine(gallery.given(gallery.sound), bisect=True)[-1].message == "No problem to look for."
 
 
 @pytest.mark.parametrize("guilty", [{"a.1.x"}, {"a.1.x", "b"}, {"a.0", "a.1.y", "b"}, set()])

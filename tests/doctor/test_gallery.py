@@ -88,7 +88,7 @@ def wrong(verdicts):
     ("make", "name", "level", "message", "remedy"), GALLERY, ids=[row[0].__name__ for row in GALLERY]
 )
 def test_each_is_called_by_its_name(make, name, level, message, remedy) -> None:
-    found = wrong(examine(make(), time_limit=60))
+    found = wrong(examine(gallery.given(make), time_limit=60))
     assert [verdict.name for verdict in found] == [name], found
     assert found[0].level == level
     assert message in found[0].message
@@ -97,7 +97,7 @@ def test_each_is_called_by_its_name(make, name, level, message, remedy) -> None:
 
 @pytest.mark.parametrize(("make", "name", "module", "frame"), STALLS, ids=[row[0].__name__ for row in STALLS])
 def test_what_never_returns_is_ended_and_located(make, name, module, frame) -> None:
-    found = wrong(examine(make(), time_limit=4))
+    found = wrong(examine(gallery.given(make), time_limit=4))
     assert [verdict.name for verdict in found] == [name], found
     assert module in found[0].message
     assert frame in found[0].message
@@ -105,21 +105,21 @@ def test_what_never_returns_is_ended_and_located(make, name, module, frame) -> N
 
 @pytest.mark.slow
 def test_what_is_slow_is_not_called_stuck_and_its_loop_is_found() -> None:
-    found = wrong(examine(gallery.slow_quadratic_loop(), time_limit=8))
+    found = wrong(examine(gallery.given(gallery.slow_quadratic_loop), time_limit=8))
     assert found[0].name in ("backward is slow", "forward is slow"), found
     assert "quadratic loop" in [verdict.name for verdict in found]
 
 
 @pytest.mark.parametrize("make", SOUND, ids=lambda v: v.__name__)
 def test_sound_steps_are_left_in_peace(make) -> None:
-    verdicts = examine(make(), time_limit=60)
+    verdicts = examine(gallery.given(make), time_limit=60)
     assert wrong(verdicts) == []
     assert {"batch", "loss", "gradients", "learning rate", "memory", "time"} <= {verdict.name for verdict in verdicts}
 
 
 @pytest.mark.slow
 def test_a_collective_that_only_one_process_calls() -> None:
-    found = wrong(examine(gallery.missing_collective(), time_limit=24))
+    found = wrong(examine(gallery.given(gallery.missing_collective), time_limit=24))
     assert [verdict.name for verdict in found] == ["collective never completes"], found
     assert "process 0 is in forward" in found[0].message
     assert "only_first_waits" in found[0].message
@@ -127,19 +127,19 @@ def test_a_collective_that_only_one_process_calls() -> None:
 
 
 def test_what_ddp_does_about_a_dead_branch_is_as_the_remedy_says() -> None:
-    found = wrong(examine(gallery.dead_branch_in_two_processes(), time_limit=60))
+    found = wrong(examine(gallery.given(gallery.dead_branch_in_two_processes), time_limit=60))
     assert [verdict.name for verdict in found] == ["parameters without gradient", "DDP misses gradients"], found
     assert "Expected to have finished reduction" in found[0].remedy
     assert "Expected to have finished reduction" in found[1].message
 
 
 def test_the_loss_scale_comes_down_to_where_gradients_are_finite() -> None:
-    (verdict,) = (v for v in examine(gallery.large_loss_in_fp16()) if v.name == "precision")
+    (verdict,) = (v for v in examine(gallery.given(gallery.large_loss_in_fp16)) if v.name == "precision")
     assert 1 <= verdict.figures["scale"] < 2**16
     assert verdict.figures["scale"] * 2 ** verdict.figures["skipped"] == 2**16
 
 
-def test_workers_that_start_slowly(monkeypatch) -> None:
+def test_workers_that_start_slowly(monkeypatch, forks) -> None:
     # a child that is forked takes this with it
     monkeypatch.setattr(loader, "SLOW_START", 1.0)
     found = wrong(examine(gallery.slow_workers(), time_limit=60))

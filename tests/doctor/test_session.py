@@ -68,7 +68,7 @@ def test_setting_up_that_hangs_or_fails(target, limit, name, words) -> None:
     assert words in found[0].message
 
 
-def test_output_of_the_subject_goes_nowhere(capfd) -> None:
+def test_output_of_the_subject_goes_nowhere(capfd, forks) -> None:
     def talking(output, target):
         print("step")
         return nn.functional.cross_entropy(output, target)
@@ -77,7 +77,7 @@ def test_output_of_the_subject_goes_nowhere(capfd) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_forked_child_has_one_thread_and_the_parent_keeps_its_own() -> None:
+def test_a_forked_child_has_one_thread_and_the_parent_keeps_its_own(forks) -> None:
     threads = []
 
     def counting(output, target):

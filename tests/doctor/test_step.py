@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 
 from vmamba import create_upernet
 from vmamba.data import CocoDataset, collate_detection, detection_evaluation_transform
-from vmamba.doctor import Level
+from vmamba.doctor import Level, session, slow_paths
 from vmamba.doctor.step import examine
 from vmamba.doctor.subject import Subject
+from vmamba.ops.dispatch import BackendStatus
 from vmamba.tasks import Detection, Segmentation
 from vmamba.training import resolve, train
 from vmamba.training.config import to_yaml
@@ -144,23 +145,23 @@ def test_a_function_by_its_name() -> None:
     assert [verdict.name for verdict in found] == ["loss is not a scalar"]
 
 
-def test_the_slow_backend_and_the_unused_gpu(monkeypatch) -> None:
-    from vmamba.doctor import slow_paths
-    from vmamba.ops.dispatch import BackendStatus
+OFFERS = slow_paths.Offers(
+    "NVIDIA H100",
+    {"triton": BackendStatus(False, False, "Triton is not installed"), "portable": BackendStatus(True, True, "")},
+)
 
-    statuses = {
-        "triton": BackendStatus(False, False, "Triton is not installed"),
-        "portable": BackendStatus(True, True, ""),
-    }
-    offers = slow_paths.Offers("NVIDIA H100", statuses)
-    (verdict,) = slow_paths.judge_paths(torch.device("cuda"), True, offers)
+
+def test_the_slow_backend() -> None:
+    (verdict,) = slow_paths.judge_paths(torch.device("cuda"), True, OFFERS)
     assert (verdict.name, verdict.level) == ("slow portable backend", Level.WARNING)
     assert "Triton is not installed" in verdict.message
     assert "pip install triton" in verdict.remedy
     # a model without a scan does not care
-    assert slow_paths.judge_paths(torch.device("cuda"), False, offers) == []
-    # the examination asks the machine; here it is told that there is a GPU
-    monkeypatch.setattr(slow_paths, "offers_of", lambda device: offers)
+    assert slow_paths.judge_paths(torch.device("cuda"), False, OFFERS) == []
+
+
+def test_the_unused_gpu(monkeypatch, forks) -> None:
+    monkeypatch.setattr(slow_paths, "offers_of", lambda device: OFFERS)
     found = wrong(examine(gallery.sound()))
     assert [verdict.name for verdict in found] == ["GPU is not used"]
     assert "model.to('cuda')" in found[0].remedy
@@ -224,10 +225,8 @@ def test_the_model_is_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_nothing_is_left_running(monkeypatch) -> None:
+def test_nothing_is_left_running(monkeypatch, forks) -> None:
     """Workers of a loader that is stuck, and the process that waits for them: they are a group."""
-    from vmamba.doctor import session
-
     groups = []
     fork = session._fork
 
@@ -255,7 +254,7 @@ def test_nobody_is_left_when_the_doctor_is_killed(tmp_path) -> None:
         f"subject = gallery.telling_blocking_forward({str(tmp_path / 'pid')!r})\n"
         "examine(subject, time_limit=600)\n"
     )
-    doctor = subprocess.Popen([sys.executable, "-c", program])
+    doctor = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2])
     try:
         assert _happens(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text(), 120)
     finally:

@@ -134,15 +134,21 @@ class _Child:
                 self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
-    def signal(self, number: int) -> None:
-        """To the whole group."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
+    def members(self) -> list[int]:
+        """The processes of the group, itself first; where the system does not list them, itself."""
+        found = [self.pid]
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                # after the name in parentheses: state, parent, group
+                if int(stat.read_text().rpartition(")")[2].split()[2]) == self.pid:
+                    found.append(int(stat.parent.name))
+        return list(dict.fromkeys(found))
 
     def end(self) -> None:
         """Kill it and all it has started."""
         if hasattr(os, "killpg"):
-            self.signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
             if self.poll() is None:
                 # it had not yet made its group
                 with contextlib.suppress(ProcessLookupError):
@@ -187,8 +193,8 @@ def _start(source: Source, jobs: Sequence[Job], time_limit: float, work: Work, f
 
 
 def _can_fork() -> bool:
-    # a forked process cannot use a GPU that its parent has used, and macOS forbids much to it
-    return hasattr(os, "fork") and sys.platform != "darwin" and not torch.cuda.is_initialized()
+    # beside a GPU autograd has threads from its first backward on, and what was forked after that cannot run another
+    return hasattr(os, "fork") and sys.platform != "darwin" and not torch.accelerator.is_available()
 
 
 def _fork(run: Callable[[], None]) -> _Child:
@@ -322,12 +328,20 @@ def _tail(path: Path, characters: int = 2000) -> str:
 def _dump_stacks(child: _Child, folder: Path) -> str:
     if not hasattr(faulthandler, "register"):
         return ""
-    child.signal(signal.SIGUSR1)
-    end, size = time.monotonic() + LAST_WORDS, -1
-    while time.monotonic() < end:
-        time.sleep(0.2)
-        text = _tail(folder / "stacks.txt", STACKS)
-        if text and len(text) == size:
-            break
-        size = len(text)
-    return _tail(folder / "stacks.txt", STACKS)
+    path = folder / "stacks.txt"
+    # one after another: in one file they would write between each other's lines
+    for pid in child.members():
+        before = size = _size(path)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+        end = time.monotonic() + LAST_WORDS
+        while time.monotonic() < end:
+            time.sleep(5 * POLL)
+            if before < size == _size(path):
+                break
+            size = _size(path)
+    return _tail(path, STACKS)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
