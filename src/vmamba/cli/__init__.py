@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, convert, data, detect, evaluate, models, predict, segment, train
+from . import bench, convert, data, detect, doctor, evaluate, models, predict, segment, train
 
-COMMANDS = (train, evaluate, predict, detect, segment, models, convert, bench, data)
+COMMANDS = (train, evaluate, predict, detect, segment, models, convert, bench, data, doctor)
 
 # what a user can put right: told in one line, without a traceback
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
@@ -19,7 +19,7 @@ MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointEr
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 2 after a user's mistake, 130 if interrupted.
 
-    And with 1 where `bench` found wrong results, or `data check` bad data.
+    And with 1 where `bench` found wrong results, `data check` bad data, or `doctor` a problem.
     """
     options = _parser().parse_args(arguments)
     try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..doctor.watchdog_callback import WatchdogCallback
     from ..training import Config
 
 NAME = "train"
@@ -20,6 +22,7 @@ EXAMPLES = """examples:
   vmamba train --recipe ade20k --dry-run
   vmamba train --config runs/digits-vmamba_nano/config.yaml --set optim.lr=1e-3 --out runs/slower
   vmamba train --resume runs/slower
+  vmamba train --data flowers/ --watchdog 120
 
 A folder of images has one sub-folder per class, or train/ and val/ with one sub-folder per class each; for masks see
 docs/segmentation.md, for boxes docs/detection.md.
@@ -69,7 +72,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images-per-second", type=float, metavar="X", help="for --dry-run: measured training speed of a process"
     )
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run; takes no other option")
+    parser.add_argument(
+        "--resume", metavar="RUN_DIR", help="go on with an interrupted run; takes no other option but --watchdog"
+    )
+    parser.add_argument(
+        "--watchdog",
+        type=float,
+        metavar="SECONDS",
+        help="report what hangs when nothing happens for so long, and record memory and utilisation (docs/stuck.md)",
+    )
+    parser.add_argument(
+        "--on-stall",
+        choices=("dump", "stop"),
+        help="for --watchdog: report and go on (dump, the default), or stop, to be resumed",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -77,16 +93,19 @@ def run(options: argparse.Namespace) -> None:
     from ..training.distributed import is_first_process
     from ..training.job import PART_NAMES, percent
 
+    if options.on_stall and options.watchdog is None:
+        raise ValueError("--on-stall says what --watchdog SECONDS does: give both")
+    watch = partial(_watchdog, options) if options.watchdog is not None else tuple
     shorthands = {name: getattr(options, name) for name in SHORTHANDS if getattr(options, name) is not None}
     if options.resume:
         if shorthands or options.config or options.set or options.out or options.recipe or options.dry_run:
             raise ValueError("--resume takes everything from the run directory; leave the other options out")
-        outcome = resume(options.resume)
+        outcome = resume(options.resume, callbacks=watch)
     elif options.dry_run:
         _print_plan(options, _config(options, shorthands))
         return
     else:
-        outcome = train(_config(options, shorthands), options.out)
+        outcome = train(_config(options, shorthands), options.out, callbacks=watch)
     if not is_first_process():
         return
     (first, title), *others = outcome.figures.items()
@@ -99,9 +118,16 @@ def run(options: argparse.Namespace) -> None:
         f"\n{PART_NAMES[outcome.part]} {title} {percent(metrics[first])} % ({', '.join(more)}; "
         f"{outcome.images} images, weights of epoch {outcome.best_epoch}, the best on the validation images)"
     )
+    width = max(17, *map(len, rows))
     for name, path in rows.items():
-        print(f"{name[0].lower() + name[1:]:<17} {path}")
-    print(f"try it:           vmamba {outcome.command} --checkpoint {shlex.quote(str(outcome.run_dir))} {samples}")
+        print(f"{name[0].lower() + name[1:]:<{width}} {path}")
+    print(f"{'try it:':<{width}} vmamba {outcome.command} --checkpoint {shlex.quote(str(outcome.run_dir))} {samples}")
+
+
+def _watchdog(options: argparse.Namespace) -> list[WatchdogCallback]:
+    from ..doctor.watchdog_callback import WatchdogCallback
+
+    return [WatchdogCallback(options.watchdog, on_stall=options.on_stall or "dump", resumable=True)]
 
 
 def _config(options: argparse.Namespace, shorthands: dict[str, object]) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,12 @@ def fit(
     val: Iterable[Any],
     machine: Machine,
     resume: Path | None = None,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> None:
     """Train ``module`` to the last epoch; ``resume`` is a last checkpoint to go on from.
 
-    ``train`` and ``val`` are what :func:`~vmamba.data.training_batches` and ``evaluation_batches`` make.
+    ``train`` and ``val`` are what :func:`~vmamba.data.training_batches` and ``evaluation_batches`` make; ``callbacks``
+    are called before ``recorder``.
 
     Raises:
         FloatingPointError: the loss became infinite or NaN.
@@ -59,7 +61,7 @@ def fit(
             benchmark=machine.device == "cuda" and module.task.trains_at_one_size,
             accumulate_grad_batches=config.run.accumulate,
             gradient_clip_val=config.optim.clip_norm or None,
-            callbacks=[recorder],
+            callbacks=[*callbacks, recorder],
             plugins=[
                 AtomicCheckpointIO(),
                 _precision(machine),

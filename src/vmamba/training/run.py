@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from .. import __version__
 from .._extras import require
 from .._files import write_text
 from ..data.loading import seed_generators
+from ..tasks import Task
 from .checkpoints import About, load_trained, read_checkpoint
 from .config import Config, from_dict, read_yaml, to_yaml
 from .distributed import World, join_world
@@ -21,6 +23,13 @@ from .evaluation import evaluate
 from .job import PART_NAMES, Job, Share
 from .jobs import open_job
 from .machine import Machine, choose_machine, cpu_threads
+from .report import save_resources
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
+    # a function, for a callback's class needs Lightning, which `train` says how to install
+    MakeCallbacks = Callable[[], Sequence[Callback]]
 
 
 @dataclass(frozen=True)
@@ -45,11 +54,12 @@ class Outcome:
     command: str
 
 
-def train(config: Config, run_dir: str | Path | None = None) -> Outcome:
+def train(config: Config, run_dir: str | Path | None = None, *, callbacks: MakeCallbacks = tuple) -> Outcome:
     """Train a network as ``config`` says and write everything of the run under ``run_dir``.
 
     None is ``runs/DATA-MODEL``, numbered where that is taken. Under torchrun all its processes train one model, the
-    first of them writes, and all return the same.
+    first of them writes, and all return the same. ``callbacks`` makes further callbacks of Lightning; the trainer's
+    ``default_root_dir`` is the run directory.
 
     Raises:
         FileExistsError: ``run_dir`` already holds something.
@@ -60,13 +70,14 @@ def train(config: Config, run_dir: str | Path | None = None) -> Outcome:
     """
     machine = _machine_to_train_on(config)
     with join_world(machine.device) as world:
-        return _start(config, machine, world, _new_run_dir(world, config, run_dir))
+        return _start(config, machine, world, _new_run_dir(world, config, run_dir), callbacks)
 
 
-def resume(run_dir: str | Path) -> Outcome:
+def resume(run_dir: str | Path, *, callbacks: MakeCallbacks = tuple) -> Outcome:
     """Go on with the run in ``run_dir`` from its last checkpoint; the result is that of an uninterrupted run.
 
     A run that was stopped before its first checkpoint starts again, one that was stopped before its report writes it.
+    ``callbacks`` are those of :func:`train`.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -82,10 +93,39 @@ def resume(run_dir: str | Path) -> Outcome:
         raise ValueError(f"the run in {run_dir} is finished: it has done its {config.schedule.rounds} epochs")
     machine = _machine_to_train_on(config)
     with join_world(machine.device) as world:
-        return _go_on(config, machine, world, run_dir, about)
+        return _go_on(config, machine, world, run_dir, about, callbacks)
 
 
-def _start(config: Config, machine: Machine, world: World, run_dir: Path) -> Outcome:
+@dataclass(frozen=True)
+class StepParts:
+    """What a training step of a run is made of; the batches are those of a pass, on the CPU or, with
+    ``data.in_memory``, on the device that trains."""
+
+    model: nn.Module
+    task: Task
+    batches: Iterable[Any]
+    optimizer: torch.optim.Optimizer
+    machine: Machine
+
+
+def step_parts(config: Config) -> StepParts:
+    """Make what :func:`train` would train with, in one process, and write nothing. The model is on its device.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: data, model or settings do not fit.
+    """
+    from .lightning_module import optimizer_of
+
+    machine = _machine_to_train_on(config)
+    prepared = _prepare(config, machine, World(), weights=True)
+    model = prepared.model.train().to(machine.device)
+    if config.run.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    batches = prepared.job.training_batches(_share(config, World()), machine.device)
+    return StepParts(model, prepared.job.task, batches, optimizer_of(model, config), machine)
+
+
+def _start(config: Config, machine: Machine, world: World, run_dir: Path, callbacks: MakeCallbacks) -> Outcome:
     prepared = _prepare(config, machine, world, weights=True)
     if world.is_first:
         for folder in (run_dir, run_dir / "checkpoints"):
@@ -93,10 +133,12 @@ def _start(config: Config, machine: Machine, world: World, run_dir: Path) -> Out
         write_text("".join(f"{name}\n" for name in prepared.job.classes), run_dir / "classes.txt")
         # last: where it is, there is a run to resume
         write_text(to_yaml(config), run_dir / "config.yaml")
-    return _fit_and_report(config, prepared, run_dir, resume=None)
+    return _fit_and_report(config, prepared, run_dir, callbacks, resume=None)
 
 
-def _go_on(config: Config, machine: Machine, world: World, run_dir: Path, about: About | None) -> Outcome:
+def _go_on(
+    config: Config, machine: Machine, world: World, run_dir: Path, about: About | None, callbacks: MakeCallbacks
+) -> Outcome:
     """``about`` is what the last checkpoint says; None where there is none."""
     prepared = _prepare(config, machine, world, weights=about is None)
     if about is not None and prepared.job.classes != about.classes:
@@ -110,7 +152,7 @@ def _go_on(config: Config, machine: Machine, world: World, run_dir: Path, about:
     if _is_finished(config, about):
         return _report(config, prepared, run_dir)
     last = run_dir / "checkpoints" / "last.ckpt"
-    return _fit_and_report(config, prepared, run_dir, resume=last if about is not None else None)
+    return _fit_and_report(config, prepared, run_dir, callbacks, resume=last if about is not None else None)
 
 
 def _is_finished(config: Config, about: About | None) -> bool:
@@ -203,7 +245,9 @@ def _check_batch_size(config: Config, world: World, job: Job) -> None:
         raise ValueError(f"{val} validation images are too few for {world.size} processes")
 
 
-def _fit_and_report(config: Config, prepared: _Prepared, run_dir: Path, resume: Path | None) -> Outcome:
+def _fit_and_report(
+    config: Config, prepared: _Prepared, run_dir: Path, callbacks: MakeCallbacks, resume: Path | None
+) -> Outcome:
     from .lightning_engine import fit
     from .lightning_module import TaskModule
     from .recorder import Recorder
@@ -232,7 +276,7 @@ def _fit_and_report(config: Config, prepared: _Prepared, run_dir: Path, resume: 
             images_per_step=images_per_step,
             finished_epochs=finished,
         )
-        fit(module, recorder, train_batches, val_batches, prepared.machine, resume)
+        fit(module, recorder, train_batches, val_batches, prepared.machine, resume, callbacks())
         return _report(config, prepared, run_dir)
 
 
@@ -271,6 +315,9 @@ def _write_report(config: Config, prepared: _Prepared, run_dir: Path) -> Outcome
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
     pictures = job.draw(part, scores, model, folder)
+    resources = folder / "resources.png"
+    if save_resources(run_dir / "resources.csv", resources):  # of a watchdog
+        pictures["Memory and utilisation"] = resources
     metrics = scores.compute()
     report = write_report(
         folder,
