@@ -6,9 +6,10 @@ A selective scan is linear in its input once delta, B and C are known. Unrolled,
     y_t = <C_t, h_t> + D x_t  =  sum_i  w_ti x_i + D x_t,     w_ti = sum_n C_t[n] B_i[n] decay_ti[n] delta_i
     decay_ti[n] = exp(A[n] sum_{i < j <= t} delta_j)
 
-which is the form (Q . w)(K / w)^T V of the paper, with C for Q, B for K, x delta for V and the cumulated decay for w. The
-decay is computed from the sum of delta between the two steps, never as a quotient, so that it cannot overflow. Everything
-is computed in fp64 (fp32 on devices without it) from the numbers of one forward pass; no derivatives are taken.
+which is the form (Q . w)(K / w)^T V of the paper, with C for Q, B for K, x delta for V and the cumulated decay for w.
+The decay is computed from the sum of delta between the two steps, never as a quotient, so that it cannot overflow.
+Everything is computed in fp64 (fp32 on devices without it) from the numbers of one forward pass; no derivatives are
+taken.
 
 Sources: VMamba (arXiv 2401.10166), what it says of SS2D and self-attention, and its figures of attention and activation
 maps; Mamba (arXiv 2312.00752) for the scan.
@@ -116,8 +117,8 @@ class AttentionMap:
         """(H, W): the same of the routes' sum; contributions of two routes may cancel.
 
         Raises:
-            ValueError: for "cascade2d", whose columns read the normalised output of its rows: their contributions are of
-                different inputs and have no sum.
+            ValueError: for "cascade2d", whose columns read the normalised output of its rows: their contributions
+                are of different inputs and have no sum.
         """
         if self.routes == "cascade2d":
             raise ValueError(
@@ -258,7 +259,7 @@ def attention_map(scan: RoutedScan, pixel: tuple[int, int]) -> AttentionMap:
         ValueError: the pixel lies outside the grid.
     """
     _check_pixel(pixel, scan.grid)
-    K, E, N = scan.A.shape
+    K, E, _ = scan.A.shape
     height, width = scan.grid
     dtype = torch.promote_types(scan.output.dtype, torch.float32)
     new = {"device": scan.code.device, "dtype": dtype}
@@ -331,7 +332,14 @@ def state_decay(scan: RoutedScan, pixel: tuple[int, int], steps: int = 64) -> St
 
 
 def scan_attention(
-    delta: Tensor, A: Tensor, B: Tensor, C: Tensor, step: int, delta_bias: Tensor | None = None, *, softplus: bool = False
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    step: int,
+    delta_bias: Tensor | None = None,
+    *,
+    softplus: bool = False,
 ) -> Tensor:
     """The weights of one step of a plain selective scan, in the arguments of `vmamba.ops.selective_scan`.
 
@@ -414,6 +422,6 @@ def _scan_weights(delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tenso
 def _check_pixel(pixel: tuple[int, int], grid: tuple[int, int]) -> None:
     if len(pixel) != 2 or not all(0 <= place < side for place, side in zip(pixel, grid, strict=True)):
         raise ValueError(
-            f"the pixel (row, column) {tuple(pixel)} lies outside the layer's grid of {grid[0]} x {grid[1]}: rows are 0 "
-            f"to {grid[0] - 1}, columns 0 to {grid[1] - 1}"
+            f"the pixel (row, column) {tuple(pixel)} lies outside the layer's grid of {grid[0]} x {grid[1]}: rows are "
+            f"0 to {grid[0] - 1}, columns 0 to {grid[1] - 1}"
         )

@@ -1,8 +1,8 @@
 """The effective receptive field: how much every pixel of the picture moves the centre of a layer's output.
 
-Sources: Luo et al., *Understanding the Effective Receptive Field in Deep Convolutional Neural Networks*, 2016; the areas
-are those of Ding et al., *Scaling Up Your Kernels to 31x31* (RepLKNet), 2022. The figure of receptive fields in VMamba
-(arXiv 2401.10166) follows both.
+Sources: Luo et al., *Understanding the Effective Receptive Field in Deep Convolutional Neural Networks*, 2016; the
+areas are those of Ding et al., *Scaling Up Your Kernels to 31x31* (RepLKNet), 2022. The figure of receptive fields in
+VMamba (arXiv 2401.10166) follows both.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .inspecting import evaluating, feature_layer, output_of
 __all__ = ["LAYOUTS", "SHARES", "Area", "ReceptiveField", "effective_receptive_field"]
 
 LAYOUTS = ("NCHW", "NHWC", "NLC")
+LEAST_MOTION = 1e-4  # of the features' sum beside that of single features: fp32 rounding errors reach 1e-6
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contribution: the ones that RepLKNet's table has
 
 
@@ -80,7 +81,7 @@ class ReceptiveField:
             ring = _first_holding(within, share)
             fewest = _first_holding(largest_first, share) + 1
             size = self.contribution.size
-            areas.append(Area(share, float(2 * rings[ring] + 1), pixels_within[ring] / size, fewest / size))
+            areas.append(Area(share, float(2 * rings[ring] + 1), float(pixels_within[ring] / size), fewest / size))
         return tuple(areas)
 
 
@@ -112,8 +113,8 @@ def effective_receptive_field(
         batch_size: pictures a backward pass, where `images` is one tensor.
 
     Raises:
-        ValueError: no picture; pictures of different sizes; an unknown layer (lists near names) or layout; a layer whose
-            centre does not depend on the picture, such as the sum over channels of what a LayerNorm gives.
+        ValueError: no picture; pictures of different sizes; an unknown layer (lists near names) or layout; a layer
+            whose centre does not depend on the picture, such as the sum over channels of what a LayerNorm gives.
         FloatingPointError: the gradient is not finite.
     """
     if layout is not None and layout not in LAYOUTS:
@@ -135,9 +136,9 @@ def effective_receptive_field(
                 features = features.relu()
             if not features.requires_grad:
                 raise ValueError(f"the layer {name!r} does not depend on the picture: take another one")
-            (gradient,) = torch.autograd.grad(features.sum(), batch, allow_unused=True)
-            if gradient is None:
-                raise ValueError(f"the layer {name!r} does not depend on the picture: take another one")
+            if total is None:
+                _check_sum_moves(features, batch, name)
+            (gradient,) = torch.autograd.grad(features.sum(), batch)
             gradient = gradient.relu() if rectified else gradient.abs()
             summed = gradient.sum((0, 1), dtype=None if device.type == "mps" else torch.float64).cpu().double()
             total = summed if total is None else total + summed
@@ -145,16 +146,33 @@ def effective_receptive_field(
     if total is None or count == 0:
         raise ValueError("no images: an effective receptive field is an average over at least one")
     if not total.isfinite().all():
-        raise FloatingPointError(f"the gradient of {name!r} is not finite: the model's weights or the images are broken")
+        raise FloatingPointError(
+            f"the gradient of {name!r} is not finite: the model's weights or the images are broken"
+        )
     if float(total.max()) == 0:
         raise ValueError(
-            f"the features of {name!r}, summed over channels, do not move with the picture (behind a LayerNorm without "
-            "weights they cannot): take the layer before it"
+            f"no feature at the centre of {name!r} grows with any pixel: leave out rectified (--rectified)"
         )
     height, width = total.shape
     pixel = (grid[0] // 2, grid[1] // 2)
     centre = ((pixel[0] + 0.5) * height / grid[0] - 0.5, (pixel[1] + 0.5) * width / grid[1] - 0.5)
     return ReceptiveField(name, (total / count).numpy(), grid, pixel, centre, count, rectified)
+
+
+def _check_sum_moves(features: Tensor, batch: Tensor, name: str) -> None:
+    """Refuse features that depend on the picture while their sum does not, and would give rounding errors alone."""
+    signs = torch.randint(0, 2, features.shape, generator=torch.Generator().manual_seed(0)).to(features) * 2 - 1
+    sizes = []
+    for mixed in (features.sum(), (features * signs).sum()):
+        (gradient,) = torch.autograd.grad(mixed, batch, retain_graph=True, allow_unused=True)
+        sizes.append(0.0 if gradient is None else float(gradient.abs().max()))
+    if sizes[1] == 0:
+        raise ValueError(f"the layer {name!r} does not depend on the picture: take another one")
+    if sizes[0] < LEAST_MOTION * sizes[1]:
+        raise ValueError(
+            f"the features of {name!r}, summed over channels, do not move with the picture, as behind a LayerNorm "
+            "whose weights are all the same: take the layer before it"
+        )
 
 
 def _centre(
@@ -188,8 +206,8 @@ def _layout(shape: tuple[int, ...], size: tuple[int, int], name: str) -> str:
         if skew["NCHW"] != skew["NHWC"]:
             return min(skew, key=skew.__getitem__)
         raise ValueError(
-            f"the output {shape} of {name!r} may be NCHW or NHWC: say which, with layout= (--layout), or take images of "
-            "another height than width"
+            f"the output {shape} of {name!r} may be NCHW or NHWC: say which, with layout= (--layout), or take images "
+            "of another height than width"
         )
     raise ValueError(f"the output {shape} of {name!r} is no map of features: take a layer before the pooling")
 
