@@ -163,6 +163,19 @@ def ss2d_layers(model: nn.Module) -> list[str]:
     return names
 
 
+def ss2d_layer(model: nn.Module, layer: str) -> str:
+    """The name of an SS2D layer, given it or that of the block around it.
+
+    Raises:
+        ValueError: there is none; lists near names.
+    """
+    names = ss2d_layers(model)
+    found = next((name for name in (layer, f"{layer}.ssm") if name in names), None)
+    if found is None:
+        raise ValueError(f"the model has no SS2D layer {layer!r}; {near_names(layer, names)}")
+    return found
+
+
 def scan_of_layer(model: nn.Module, image: Tensor, layer: str) -> RoutedScan:
     """What the scan of one SS2D layer reads and gives for an image.
 
@@ -178,11 +191,7 @@ def scan_of_layer(model: nn.Module, image: Tensor, layer: str) -> RoutedScan:
     """
     if image.ndim != 4 or image.shape[0] != 1:
         raise ValueError(f"one image is looked at, (1, C, H, W), got {tuple(image.shape)}")
-    names = ss2d_layers(model)
-    name = next((n for n in (layer, f"{layer}.ssm") if n in names), None)
-    if name is None:
-        raise ValueError(f"the model has no SS2D layer {layer!r}; {near_names(layer, names)}")
-    module = find_layer(model, name)
+    module = find_layer(model, ss2d_layer(model, layer))
     kept: dict[str, Tensor] = {}
     # with hooks on them the modules run one by one everywhere, on a GPU too, where a block is otherwise one operator
     handles = [

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .._files import write_aside, write_text
-from .attention import AttentionMap, StateDecay, attention_map, scan_of_layer, state_decay
+from .attention import AttentionMap, StateDecay, attention_map, scan_of_layer, ss2d_layer, state_decay
 from .explanation_pictures import QUANTITIES, attention_figure, decay_figure, receptive_field_figure, route_names
 from .figures import save_figure
 from .receptive_field import ReceptiveField
@@ -86,6 +86,7 @@ def layer_attention(model: nn.Module, image: Tensor, layer: str, place: tuple[fl
     """
     if not all(0 <= share < 1 for share in place):
         raise ValueError(f"the place {place} lies outside the picture: it is (down, right) in shares of 0 to below 1")
+    layer = ss2d_layer(model, layer)
     scan = scan_of_layer(model, image, layer)
     pixel = tuple(int(share * side) for share, side in zip(place, scan.grid, strict=True))
     found = attention_map(scan, pixel)

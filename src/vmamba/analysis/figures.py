@@ -34,6 +34,8 @@ def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:
     """
     stem = Path(stem)
     png, svg = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg"))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, not for every file again
     write_aside(png, lambda aside: figure.savefig(aside, format="png", dpi=DOTS_PER_INCH))
     # without a date the same figure is the same file
     write_aside(svg, lambda aside: figure.savefig(aside, format="svg", dpi=DOTS_PER_INCH, metadata={"Date": None}))

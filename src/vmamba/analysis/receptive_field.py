@@ -130,6 +130,8 @@ def effective_receptive_field(
                 raise ValueError(
                     f"all images must have one size, got {tuple(batch.shape[2:])} after {tuple(total.shape)} px"
                 )
+            if not len(batch):
+                continue
             batch = batch.detach().to(device).requires_grad_()
             features, grid = _centre(output_of(model, name, batch), batch.shape[2:], layout, model, name)
             if rectified:
@@ -143,7 +145,7 @@ def effective_receptive_field(
             summed = gradient.sum((0, 1), dtype=None if device.type == "mps" else torch.float64).cpu().double()
             total = summed if total is None else total + summed
             count += len(batch)
-    if total is None or count == 0:
+    if total is None:
         raise ValueError("no images: an effective receptive field is an average over at least one")
     if not total.isfinite().all():
         raise FloatingPointError(
@@ -161,9 +163,9 @@ def effective_receptive_field(
 
 def _check_sum_moves(features: Tensor, batch: Tensor, name: str) -> None:
     """Refuse features that depend on the picture while their sum does not, and would give rounding errors alone."""
-    signs = torch.randint(0, 2, features.shape, generator=torch.Generator().manual_seed(0)).to(features) * 2 - 1
+    mixture = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features)
     sizes = []
-    for mixed in (features.sum(), (features * signs).sum()):
+    for mixed in (features.sum(), (features * mixture).sum()):
         (gradient,) = torch.autograd.grad(mixed, batch, retain_graph=True, allow_unused=True)
         sizes.append(0.0 if gradient is None else float(gradient.abs().max()))
     if sizes[1] == 0:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .._extras import require
 from .._files import write_aside
 from ..ops import ROUTES
 from ..ops.routes import route_indices
@@ -15,6 +17,8 @@ from .explanation_pictures import route_names
 from .figures import COLOUR_MAP, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 __all__ = ["ROUTE_SETS", "route_figure", "route_walks", "save_route_animation"]
@@ -60,8 +64,6 @@ def route_figure(routes: str, height: int, width: int, picture: Image.Image | No
     """
     walks = route_walks(routes, height, width)
     _check_drawable(height, width)
-    from .._extras import require
-
     colormap = require("matplotlib", "train").colormaps[COLOUR_MAP]
     panel = 2.5
     figure = new_figure(panel * len(walks) + 0.8, panel * height / width + 0.7)
@@ -95,46 +97,24 @@ def _note(routes: str, height: int, width: int) -> str:
     return note
 
 
-def _draw_walk(axes, walk: np.ndarray, colormap, numbered: bool) -> None:
+def _draw_walk(axes: Axes, walk: np.ndarray, colormap: Colormap, numbered: bool) -> None:
     steps = len(walk)
-    colours = colormap(np.linspace(0, 1, max(steps, 2)))
-    ys, xs = walk[:, 0], walk[:, 1]
-    for step in range(steps - 1):
-        far = abs(xs[step + 1] - xs[step]) + abs(ys[step + 1] - ys[step]) > 1  # a jump to the next row or column
-        axes.plot(
-            xs[step : step + 2],
-            ys[step : step + 2],
-            color=colours[step],
-            lw=0.8 if far else 1.8,
-            ls=":" if far else "-",
-            zorder=2,
-        )
+    colours = colormap(np.linspace(0, 1, max(steps, 2)))[:steps]
+    places = walk[:, ::-1]  # (x, y)
+    lines = np.stack([places[:-1], places[1:]], axis=1)
+    far = np.abs(places[1:] - places[:-1]).sum(1) > 1  # a jump to the next row or column
+    collection = require("matplotlib.collections", "train").LineCollection
+    axes.add_collection(collection(lines[~far], colors=colours[:-1][~far], linewidths=1.8, zorder=2))
+    axes.add_collection(collection(lines[far], colors=colours[:-1][far], linewidths=0.8, linestyles=":", zorder=2))
     if numbered:
-        axes.scatter(xs, ys, s=130, c=colours[:steps], edgecolors="white", linewidths=0.8, zorder=3)
-        for step, (y, x) in enumerate(walk):
-            dark = step < LIGHT_FROM * steps
-            axes.text(
-                x,
-                y,
-                str(step + 1),
-                color="white" if dark else "black",
-                fontsize=6.5,
-                ha="center",
-                va="center",
-                zorder=4,
-            )
+        axes.scatter(*places.T, s=130, c=colours, edgecolors="white", linewidths=0.8, zorder=3)
+        for step, place in enumerate(places):
+            ink = "white" if step < LIGHT_FROM * steps else "black"
+            axes.text(*place, str(step + 1), color=ink, fontsize=6.5, ha="center", va="center", zorder=4)
     else:
-        axes.scatter(xs[:1], ys[:1], s=28, c=colours[:1], edgecolors="black", linewidths=0.8, zorder=3)
-        axes.scatter(
-            xs[-1:],
-            ys[-1:],
-            s=28,
-            marker="s",
-            c=colours[steps - 1 : steps],
-            edgecolors="black",
-            linewidths=0.8,
-            zorder=3,
-        )
+        ends = {"s": 28, "edgecolors": "black", "linewidths": 0.8, "zorder": 3}
+        axes.scatter(*places[:1].T, c=colours[:1], marker="o", **ends)
+        axes.scatter(*places[-1:].T, c=colours[-1:], marker="s", **ends)
 
 
 def save_route_animation(
@@ -162,13 +142,12 @@ def save_route_animation(
     """
     walks = route_walks(routes, height, width)
     _check_drawable(height, width)
-    from .._extras import require
-
     colormap = require("matplotlib", "train").colormaps[COLOUR_MAP]
     # with cascade2d all rows walk at the same time, so a frame is a step in each of them
     longest = max(len(walk) for parts in walks for walk in parts)
     stops = sorted({round(s) for s in np.linspace(0, longest, min(longest, FRAMES) + 1)})
-    frames = [_frame(walks, stop, longest, routes, (height, width), colormap, picture, panel) for stop in stops]
+    colours = [tuple(round(255 * c) for c in colormap(i / max(longest - 1, 1))[:3]) for i in range(longest)]
+    frames = list(_frames(walks, stops, colours, route_names(routes), (height, width), picture, panel))
     durations = [milliseconds] * (len(frames) - 1) + [max(1500, milliseconds)]
     # one palette for all frames, of the last one, which has every colour: only what changes is stored then
     palette = frames[-1].quantize(256)
@@ -180,48 +159,49 @@ def save_route_animation(
     return len(frames)
 
 
-def _frame(
+def _frames(
     walks: list[list[np.ndarray]],
-    stop: int,
-    longest: int,
-    routes: str,
+    stops: list[int],
+    colours: list[tuple[int, int, int]],
+    names: list[str],
     grid: tuple[int, int],
-    colormap,
     picture: Image.Image | None,
     panel: int,
-) -> Image.Image:
-    """One frame: every walk after its first `stop` steps."""
+) -> Iterator[Image.Image]:
+    """A frame for each of `stops`: every walk after that many steps."""
     height, width = grid
     cell = max(2, panel // max(height, width))
     size = (cell * width, cell * height)
     pitch = max(size[0], NAME_WIDTH) + GAP
-    frame = Image.new("RGB", (pitch * len(walks) + GAP, size[1] + NAME_HEIGHT + 2 * GAP), "white")
-    draw = ImageDraw.Draw(frame)
-    name_font = ImageFont.load_default(size=12)
-    number_font = ImageFont.load_default(size=max(8, min(13, cell // 3))) if height * width <= NUMBERED else None
-    if picture is not None:
-        picture = Image.blend(picture.resize(size), Image.new("RGB", size, "white"), 0.35)
-    inset = 0 if picture is None else max(1, cell // 4)
-    for k, (name, parts) in enumerate(zip(route_names(routes), walks, strict=True)):
-        left, top = GAP + k * pitch, GAP + NAME_HEIGHT
-        draw.text((left, GAP), name, font=name_font, fill="black")
+    corners = [(GAP + k * pitch, GAP + NAME_HEIGHT) for k in range(len(walks))]
+    canvas = Image.new("RGB", (pitch * len(walks) + GAP, size[1] + NAME_HEIGHT + 2 * GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for (left, top), name in zip(corners, names, strict=True):
+        draw.text((left, GAP), name, font=ImageFont.load_default(size=12), fill="black")
         if picture is not None:
-            frame.paste(picture, (left, top))
-        for walk in parts:
-            for step, (row, column) in enumerate(walk[:stop]):
-                x, y = left + column * cell, top + row * cell
-                colour = tuple(round(255 * c) for c in colormap(step / max(longest - 1, 1))[:3])
-                draw.rectangle((x + inset, y + inset, x + cell - 1 - inset, y + cell - 1 - inset), fill=colour)
-                if number_font is not None:
-                    ink = "white" if step < LIGHT_FROM * longest else "black"
-                    draw.text((x + cell / 2, y + cell / 2), str(step + 1), font=number_font, fill=ink, anchor="mm")
-        _draw_grid(draw, (left, top), grid, cell)
-        for walk in parts:
-            if 0 < stop <= len(walk):
-                row, column = walk[stop - 1]
-                x, y = left + column * cell, top + row * cell
-                draw.rectangle((x, y, x + cell, y + cell), outline=MARKER, width=max(2, cell // 10))
-    return frame
+            canvas.paste(Image.blend(picture.resize(size), Image.new("RGB", size, "white"), 0.35), (left, top))
+    font = ImageFont.load_default(size=max(8, min(13, cell // 3))) if height * width <= NUMBERED else None
+    inset = 0 if picture is None else cell // 4
+    for before, stop in zip([0, *stops], stops, strict=False):
+        for (left, top), parts in zip(corners, walks, strict=True):
+            for walk in parts:
+                for step, (row, column) in enumerate(walk[before:stop].tolist(), before):
+                    x, y = left + column * cell, top + row * cell
+                    square = (x + inset, y + inset, x + cell - 1 - inset, y + cell - 1 - inset)
+                    draw.rectangle(square, fill=colours[step])
+                    if font is not None:
+                        ink = "white" if step < LIGHT_FROM * len(colours) else "black"
+                        draw.text((x + cell / 2, y + cell / 2), str(step + 1), font=font, fill=ink, anchor="mm")
+        frame = canvas.copy()
+        above = ImageDraw.Draw(frame)
+        for (left, top), parts in zip(corners, walks, strict=True):
+            _draw_grid(above, (left, top), grid, cell)
+            for walk in parts:
+                if 0 < stop <= len(walk):
+                    row, column = walk[stop - 1].tolist()
+                    x, y = left + column * cell, top + row * cell
+                    above.rectangle((x, y, x + cell, y + cell), outline=MARKER, width=max(2, cell // 10))
+        yield frame
 
 
 def _draw_grid(draw: ImageDraw.ImageDraw, corner: tuple[int, int], grid: tuple[int, int], cell: int) -> None:

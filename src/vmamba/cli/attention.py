@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from .._devices import check_device
     from ..analysis import ss2d_layers
+    from ..analysis.attention import ss2d_layer
     from ..analysis.explanation_files import layer_attention, save_attention
     from ..data import evaluation_transform, list_images, read_image
 
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     if short_side < 32:
         raise ValueError(f"--short-side must be at least 32 px, not {short_side}")
     names = ss2d_layers(network.model)
-    layers = options.layer or _last_of_every_stage(names)
+    layers = [ss2d_layer(network.model, layer) for layer in options.layer or _last_of_every_stage(names)]
     model = network.model.to(options.device)
     for file in files:
         picture = read_image(file)
