@@ -150,7 +150,7 @@ def save_route_animation(
     frames = list(_frames(walks, stops, colours, route_names(routes), (height, width), picture, panel))
     durations = [milliseconds] * (len(frames) - 1) + [max(1500, milliseconds)]
     # one palette for all frames, of the last one, which has every colour: only what changes is stored then
-    palette = frames[-1].quantize(256)
+    palette = frames[-1].quantize(256, Image.Quantize.MAXCOVERAGE)
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     write_aside(
         path,

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vmamba",
         description="VMamba, the Visual State Space Model: train, evaluate and use image classifiers, use detectors "
-        "and segmentation networks, look at data sets.",
+        "and segmentation networks, look at data sets and into networks.",
         epilog="Start with `vmamba train`: it trains on handwritten digits, offline, in minutes on a CPU.",
     )
     parser.add_argument("--version", action="version", version=f"vmamba {__version__}")
