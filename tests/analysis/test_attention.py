@@ -106,8 +106,10 @@ def test_the_half_life_is_that_of_the_exponential():
     A = torch.full((24, 1), -0.25)
     scan = routed_scan(x, x_proj, torch.zeros_like(dt_weight), torch.full((4, 6), -1.0), A, D)
     half_life = math.ceil(math.log(2) / (0.25 * delta))
+    found = attention_map(scan, (0, 35))
+    assert found.steps == (36, 36, 5, 5)
+    assert found.half_life() == [half_life, half_life, math.inf, math.inf]  # the reversed routes have come four steps
     decay = state_decay(scan, (0, 35))
-    assert decay.half_life() == [half_life, half_life, math.inf, math.inf]  # the reversed routes have come four steps
     torch.testing.assert_close(decay.low[:2], decay.high[:2], equal_nan=True)
 
 

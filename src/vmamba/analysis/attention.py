@@ -89,6 +89,7 @@ class AttentionMap:
             states, 1 at the step itself.
         sources: (K, H, W, E), what the weights multiply.
         skip: (K, E), D x, apart from the weights. With "cascade2d" a backward route's skip reads the mirrored pixel.
+        steps: for each route how many pixels it has read, the last one included.
     """
 
     pixel: tuple[int, int]
@@ -98,6 +99,7 @@ class AttentionMap:
     decay: Tensor
     sources: Tensor
     skip: Tensor
+    steps: tuple[int, ...]
 
     def contributions(self) -> Tensor:
         """(K, E, H, W): weights times input. Summed over pixels, plus `skip`, the output of each route."""
@@ -127,6 +129,13 @@ class AttentionMap:
             )
         return self.contributions().sum(0).abs().mean(0)
 
+    def half_life(self) -> list[float]:
+        """For each route the steps after which less than half of a state is left, in the mean over channels and states;
+        infinite where the whole walk up to the pixel is shorter than that.
+        """
+        kept = (self.decay >= 0.5).sum((1, 2)).tolist()  # decay falls with every step back
+        return [math.inf if count == steps else float(count) for count, steps in zip(kept, self.steps, strict=True)]
+
 
 @dataclass(frozen=True)
 class StateDecay:
@@ -144,11 +153,6 @@ class StateDecay:
     mean: Tensor
     low: Tensor
     high: Tensor
-
-    def half_life(self) -> list[float]:
-        """For each route the steps after which the mean is below a half; infinite where it is not within the walk."""
-        below = self.mean < 0.5
-        return [float(self.steps[row.nonzero()[0]]) if row.any() else math.inf for row in below]
 
 
 def ss2d_layers(model: nn.Module) -> list[str]:
@@ -274,7 +278,7 @@ def attention_map(scan: RoutedScan, pixel: tuple[int, int]) -> AttentionMap:
     new = {"device": scan.code.device, "dtype": dtype}
     weights = torch.zeros(K, E, height * width, **new)
     similarity, decay = torch.zeros(K, height * width, **new), torch.zeros(K, height * width, **new)
-    skip = []
+    skip, steps = [], []
     for k in range(K):
         walked, delta, B, C = _walk_to(scan, k, pixel)
         w, mean_decay = _scan_weights(delta, scan.A[k], B, C[-1])
@@ -282,6 +286,7 @@ def attention_map(scan: RoutedScan, pixel: tuple[int, int]) -> AttentionMap:
         similarity[k, walked] = (B @ C[-1]).to(dtype)
         decay[k, walked] = mean_decay.to(dtype)
         skip.append(scan.D[k] * scan.sources[k].flatten(0, 1)[walked[-1]])
+        steps.append(len(walked))
     grid = (height, width)
     return AttentionMap(
         tuple(pixel),
@@ -291,6 +296,7 @@ def attention_map(scan: RoutedScan, pixel: tuple[int, int]) -> AttentionMap:
         decay.unflatten(1, grid),
         scan.sources,
         torch.stack(skip),
+        tuple(steps),
     )
 
 

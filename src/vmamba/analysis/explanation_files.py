@@ -50,12 +50,12 @@ class LayerAttention:
         """A row for each route and, where there is one, for all of them together.
 
         share: of the four routes' contribution. cells_50, cells_99: share of the grid that the fewest cells holding
-        50 % and 99 % of the route's contribution make up. half_life: in steps, see `StateDecay.half_life`.
+        50 % and 99 % of the route's contribution make up. half_life: in steps, see `AttentionMap.half_life`.
         """
         by_route = self.map.by_route().double()
         total = float(by_route.sum())
         maps = [
-            *zip(route_names(self.map.routes), by_route, self.decay.half_life(), strict=True),
+            *zip(route_names(self.map.routes), by_route, self.map.half_life(), strict=True),
             *([] if self.map.routes == "cascade2d" else [("all routes", self.map.all_routes().double(), None)]),
         ]
         height, width = by_route.shape[1:]
