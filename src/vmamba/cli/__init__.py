@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, convert, data, detect, doctor, evaluate, models, predict, segment, train
+from . import attention, bench, convert, data, detect, doctor, erf, evaluate, models, predict, routes, segment, train
 
-COMMANDS = (train, evaluate, predict, detect, segment, models, convert, bench, data, doctor)
+COMMANDS = (train, evaluate, predict, detect, segment, models, convert, bench, erf, attention, routes, data, doctor)
 
 # what a user can put right: told in one line, without a traceback
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vmamba",
         description="VMamba, the Visual State Space Model: train, evaluate and use image classifiers, use detectors "
-        "and segmentation networks, look at data sets.",
+        "and segmentation networks, look at data sets and into networks.",
         epilog="Start with `vmamba train`: it trains on handwritten digits, offline, in minutes on a CPU.",
     )
     parser.add_argument("--version", action="version", version=f"vmamba {__version__}")
