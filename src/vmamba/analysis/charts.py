@@ -1,4 +1,4 @@
-"""Bar charts of measured figures, as PNG."""
+"""Bar charts of measured figures, as PNG or SVG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .._extras import require
 from .._files import write_aside
 
-__all__ = ["Bar", "Panel", "save_bars"]
+__all__ = ["COLOURS", "Bar", "Panel", "figure_format", "save_bars"]
 
 # Okabe and Ito's colours: told apart by every common kind of colour vision, and in grey by their lightness
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -34,13 +34,27 @@ class Panel(NamedTuple):
     bars: Sequence[Bar]
 
 
+def figure_format(path: Path) -> str:
+    """ "png" or "svg", by the end of a file's name.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise ValueError(f"cannot draw {path}: a figure's name must end in .png or .svg")
+    return kind
+
+
 def save_bars(panels: Sequence[Panel], heading: str, footnote: str, path: Path) -> None:
     """Draw horizontal bars, one panel beneath the other, each bar with its value; whiskers from least to most.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
         OSError: the file could not be written.
+        ValueError: `path` ends in neither .png nor .svg.
     """
+    kind = figure_format(path)
     figure_module = require("matplotlib.figure", "train")
     series = list(dict.fromkeys(bar.series for panel in panels for bar in panel.bars))
     heights = [0.9 + 0.3 * len(panel.bars) for panel in panels]
@@ -51,7 +65,7 @@ def save_bars(panels: Sequence[Panel], heading: str, footnote: str, path: Path) 
     for axes, panel in zip(grid, panels, strict=True):
         _draw(axes, panel, series)
     figure.supxlabel(footnote, fontsize=7)
-    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    write_aside(path, lambda aside: figure.savefig(aside, format=kind, dpi=120))
 
 
 def _short(value: float) -> str:

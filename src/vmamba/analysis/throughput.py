@@ -212,7 +212,7 @@ def measure_models(
         raise ValueError("name at least one model to measure")
     for name, module in sources.items():
         if module is None:
-            _check_name(name)
+            check_name(name)
     facts = environment(device)
     weights, autocast = DTYPES[settings.dtype]
     with as_current(device), numeric_flags(settings.tf32), own_random_numbers(device), _compiles_every_case():
@@ -266,8 +266,12 @@ class _Case:
 
     def _step(self) -> Callable[[], object]:
         settings, row = self.settings, self.row
-        model = copy.deepcopy(self.module) if self.module is not None else _make(row.model, settings.size)
-        images = torch.randn(row.batch, 3, settings.size, settings.size, device=self.device)
+        model = (
+            copy.deepcopy(self.module)
+            if self.module is not None
+            else make_model(row.model, (settings.size, settings.size))
+        )
+        images = torch.randn(row.batch, 3, *size, device=self.device)
         row.channels_last = settings.channels_last == "on" or (
             settings.channels_last == "auto" and _is_convolutional(model)
         )
@@ -339,21 +343,31 @@ def _filled_in(settings: ModelSettings, device: torch.device) -> ModelSettings:
     )
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse a name that timm does not know.
+
+    Raises:
+        ValueError: naming close ones.
+    """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see `vmamba models` and timm.list_models()"
         raise ValueError(f"there is no model {name!r}; {hint}")
 
 
-def _make(name: str, size: int) -> nn.Module:
-    """The model for images of that size: some take the size as an argument, most take any size."""
-    if size == timm.get_pretrained_cfg(name).input_size[-1]:
-        return timm.create_model(name)
+def make_model(name: str, size: tuple[int, int], **options: Any) -> nn.Module:
+    """A timm model with random weights for images of (H, W): some take the size as an argument, most take any size.
+
+    Raises:
+        ValueError: timm knows no such model.
+    """
+    check_name(name)
+    if tuple(size) == timm.get_pretrained_cfg(name).input_size[-2:]:
+        return timm.create_model(name, **options)
     try:
-        return timm.create_model(name, img_size=size)
+        return timm.create_model(name, img_size=tuple(size), **options)
     except TypeError:
-        return timm.create_model(name)
+        return timm.create_model(name, **options)
 
 
 def _is_convolutional(model: nn.Module) -> bool:
