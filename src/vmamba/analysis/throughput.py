@@ -266,11 +266,8 @@ class _Case:
 
     def _step(self) -> Callable[[], object]:
         settings, row = self.settings, self.row
-        model = (
-            copy.deepcopy(self.module)
-            if self.module is not None
-            else make_model(row.model, (settings.size, settings.size))
-        )
+        size = (settings.size, settings.size)
+        model = copy.deepcopy(self.module) if self.module is not None else make_model(row.model, size)
         images = torch.randn(row.batch, 3, *size, device=self.device)
         row.channels_last = settings.channels_last == "on" or (
             settings.channels_last == "auto" and _is_convolutional(model)
