@@ -2,19 +2,24 @@
 
 from .complexity import Complexity, ModuleCount, count_modules, detector_macs, measure_complexity
 from .detection_pictures import draw_detections
+from .ladder import RUNGS, LadderReport, climb_ladder, make_rung
 from .operator_speed import OperatorReport, OperatorSettings, measure_operator
 from .throughput import ModelReport, ModelSettings, measure_models
 
 __all__ = [
+    "RUNGS",
     "Complexity",
+    "LadderReport",
     "ModelReport",
     "ModelSettings",
     "ModuleCount",
     "OperatorReport",
     "OperatorSettings",
+    "climb_ladder",
     "count_modules",
     "detector_macs",
     "draw_detections",
+    "make_rung",
     "measure_complexity",
     "measure_models",
     "measure_operator",

@@ -27,11 +27,14 @@ class Bar(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One set of axes. unit: of the values, with what is better. bars: in the order in which they stand."""
+    """One set of axes. unit: of the values, with what is better. bars: in the order in which they stand. log: whether
+    the axis is logarithmic.
+    """
 
     title: str
     unit: str
     bars: Sequence[Bar]
+    log: bool = False
 
 
 def figure_format(path: Path) -> str:
@@ -73,7 +76,15 @@ def _short(value: float) -> str:
 
 
 def _draw(axes, panel: Panel, series: list[str]) -> None:
-    longest = max((bar.high for bar in panel.bars if bar.value is not None), default=1.0)
+    values = [bar for bar in panel.bars if bar.value is not None]
+    longest = max((bar.high for bar in values), default=1.0)
+    # where bars begin; on a logarithmic axis there is no zero
+    start = min((bar.low for bar in values), default=1.0) / 3 if panel.log else 0.0
+
+    def beyond(value: float, share: float) -> float:
+        """So far to the right of a value, as a share of the axis."""
+        return value * (longest / start) ** share if panel.log else value + share * longest
+
     groups: dict[str, list[float]] = {}
     named = set()
     y = 0.0
@@ -82,23 +93,26 @@ def _draw(axes, panel: Panel, series: list[str]) -> None:
             y += 0.5  # air between groups
         groups.setdefault(bar.group, []).append(y)
         if bar.value is None:
-            axes.text(0.01 * longest, y, f"{bar.series}: {bar.note}", va="center", fontsize=7)
+            axes.text(beyond(start, 0.01), y, f"{bar.series}: {bar.note}", va="center", fontsize=7)
         else:
             axes.barh(
                 y,
-                bar.value,
+                bar.value - start,
+                left=start,
                 height=0.85,
                 color=COLOURS[series.index(bar.series) % len(COLOURS)],
                 label=None if bar.series in named else bar.series,
-                xerr=[[bar.value - bar.low], [bar.high - bar.value]],
+                xerr=[[bar.value - bar.low], [bar.high - bar.value]] if bar.high > bar.low else None,
                 error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "black"},
             )
             named.add(bar.series)
-            axes.text(bar.high + 0.012 * longest, y, _short(bar.value), va="center", fontsize=8)
+            axes.text(beyond(bar.high, 0.012), y, _short(bar.value), va="center", fontsize=8)
         y += 1
     axes.set_yticks([sum(ys) / len(ys) for ys in groups.values()], list(groups), fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * longest)
+    if panel.log:
+        axes.set_xscale("log")
+    axes.set_xlim(start, beyond(longest, 0.12))
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel(panel.unit, fontsize=8)
     axes.tick_params(axis="x", labelsize=8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -206,7 +206,7 @@ def measure_models(
     """
     settings = settings or ModelSettings()
     device = checked_device(settings.device)
-    settings = _filled_in(settings, device)
+    settings = filled_in(settings, device)
     sources = dict(models) if isinstance(models, Mapping) else dict.fromkeys(models)
     if not sources:
         raise ValueError("name at least one model to measure")
@@ -215,7 +215,7 @@ def measure_models(
             check_name(name)
     facts = environment(device)
     weights, autocast = DTYPES[settings.dtype]
-    with as_current(device), numeric_flags(settings.tf32), own_random_numbers(device), _compiles_every_case():
+    with conditions(device, settings.tf32):
         progress("judging the scan")
         report = ModelReport(settings, facts, judge(facts["scan_backend"], device, autocast or weights))
         for task in settings.tasks:
@@ -239,6 +239,35 @@ def measure_models(
                 report.rows.append(case.row)
             free_memory()
     return report
+
+
+@contextmanager
+def conditions(device: torch.device, tf32: bool) -> Iterator[None]:
+    """What figures are taken under: flags, random numbers, room for compiled cases; put back afterwards."""
+    with as_current(device), numeric_flags(tf32), own_random_numbers(device), _compiles_every_case():
+        yield
+
+
+def measure_case(
+    name: str, module: nn.Module | None, task: str, mode: str, settings: ModelSettings, device: torch.device
+) -> ModelRow:
+    """One model at one task in one mode, on its own, under the `conditions` that the caller has set.
+
+    Args:
+        name: what timm calls it, or of a `module`, which is copied, what it is called.
+        task: one of `TASKS`. mode: one of `MODES`. settings: `filled_in` for `device`.
+
+    Returns:
+        the row; if it fails (out of memory, does not compile) with the reason.
+    """
+    case = _Case(name, module, task, mode, settings, device)
+    result = in_turn({(name,): case.prepare}, settings.repeats, lambda message: None)[(name,)]
+    if isinstance(result, str):
+        case.row.error = result
+    else:
+        case.row.seconds = result
+    free_memory()
+    return case.row
 
 
 class _Case:
@@ -330,7 +359,8 @@ def _choice(name: str, value: object, known: Sequence[object]) -> None:
         raise ValueError(f"{name}: unknown {value!r}; choose from {listed}")
 
 
-def _filled_in(settings: ModelSettings, device: torch.device) -> ModelSettings:
+def filled_in(settings: ModelSettings, device: torch.device) -> ModelSettings:
+    """The settings with the device's own defaults where there is None."""
     on_cuda = device.type == "cuda"
     return replace(
         settings,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def print_table(names: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
@@ -17,6 +18,18 @@ def print_table(names: Sequence[str], rows: Sequence[Sequence[str]], left: int) 
         if len(row) < len(names):
             cells[-1] = row[-1]
         print("  ".join(cells).rstrip())
+
+
+def describe_conditions(environment: Mapping[str, Any], settings: Any) -> str:
+    """One line on what figures were taken with: versions, dtype, TF32, threads on the CPU, rounds."""
+    versions = [f"{name} {environment[name]}" for name in ("torch", "triton", "timm", "commit") if environment[name]]
+    if settings.device == "cpu":
+        versions.append(f"{environment['threads']} threads")
+    tf32 = "on" if settings.tf32 else "off"
+    return (
+        f"{environment['device']}; {settings.dtype}, TF32 {tf32}; {', '.join(versions)}; medians of {settings.repeats} "
+        "rounds, with the least and the most"
+    )
 
 
 def check_writable(*paths: str | None) -> None:
