@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import ablations, bench, convert, count, data, detect, evaluate, ladder, models, predict, segment, train
+from . import ablations, bench, convert, count, data, detect, evaluate, ladder, models, predict, scaling, segment, train
 
-COMMANDS = (train, evaluate, predict, detect, segment, models, ablations, convert, count, bench, ladder, data)
+COMMANDS = (train, evaluate, predict, detect, segment, models, ablations, convert, count, bench, scaling, ladder, data)
 
 # what a user can put right: told in one line, without a traceback
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
