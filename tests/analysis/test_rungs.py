@@ -14,6 +14,7 @@ import torch
 from vmamba import VMamba
 from vmamba.analysis.ladder import FP32_TOLERANCE, HALF_FACTOR, RUNGS, check_rung
 from vmamba.analysis.rungs import BackendRung, RungSS2D, on_rung
+from vmamba.analysis.throughput import conditions
 from vmamba.layers import SS2D
 from vmamba.ops.dispatch import BACKENDS
 from vmamba.ops.judge import error
@@ -95,6 +96,15 @@ def test_through_tritons_interpreter() -> None:
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-1000:]
     assert "4 passed" in process.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", BACKEND_RUNGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_rung_is_right_on_a_gpu(name, dtype) -> None:
+    with conditions(torch.device("cuda"), tf32=False):
+        assert check_rung(BACKEND_RUNGS[name], torch.device("cuda"), dtype) == ""
 
 
 def test_a_network_on_a_rung_is_a_copy_that_computes_the_same() -> None:

@@ -48,6 +48,7 @@ class ScalingRow:
     """One model at one size at one task.
 
     complexity: for one image, or None where the model does not take that size. measured: time of a batch and memory.
+    weight_bytes: of one parameter.
     """
 
     model: str
@@ -55,6 +56,7 @@ class ScalingRow:
     task: str
     complexity: Complexity | None
     measured: ModelRow
+    weight_bytes: int = 4
 
     @property
     def milliseconds(self) -> float | None:
@@ -68,7 +70,7 @@ class ScalingRow:
         peak = self.measured.peak_memory
         if peak is None or self.complexity is None:
             return None
-        held = 4 * self.complexity.parameters * (2 if self.task == "training" else 1)
+        held = self.weight_bytes * self.complexity.parameters * (2 if self.task == "training" else 1)
         return max(0.0, peak - held) / 1e6 / self.measured.batch
 
 
@@ -250,7 +252,7 @@ def measure_scaling(
                     else:
                         progress(f"{name}: {size} px, {task} ({time.monotonic() - start:.0f} s)")
                         row = measure_case(name, module, task, modes[0], at_size, device)
-                    report.rows.append(ScalingRow(name, size, task, complexity, row))
+                    report.rows.append(ScalingRow(name, size, task, complexity, row, weights.itemsize))
                     finished(report)
     return report
 
