@@ -8,9 +8,33 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import attention, bench, convert, data, detect, doctor, erf, evaluate, models, predict, routes, segment, train
+from . import (
+    ablations,
+    attention,
+    bench,
+    convert,
+    count,
+    data,
+    detect,
+    doctor,
+    erf,
+    evaluate,
+    ladder,
+    models,
+    predict,
+    routes,
+    scaling,
+    segment,
+    train,
+)
 
-COMMANDS = (train, evaluate, predict, detect, segment, models, convert, bench, erf, attention, routes, data, doctor)
+# in the order in which the help lists them: using networks, data and trouble, measuring, looking inside
+COMMANDS = (
+    *(train, evaluate, predict, detect, segment, models, convert),
+    *(data, doctor),
+    *(bench, count, scaling, ladder, ablations),
+    *(erf, attention, routes),
+)
 
 # what a user can put right: told in one line, without a traceback
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
@@ -19,7 +43,7 @@ MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointEr
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 2 after a user's mistake, 130 if interrupted.
 
-    And with 1 where `bench` found wrong results, `data check` bad data, or `doctor` a problem.
+    And with 1 where `bench`, `scaling` or `ladder` found wrong results, `data check` bad data, or `doctor` a problem.
     """
     options = _parser().parse_args(arguments)
     try:
