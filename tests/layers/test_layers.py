@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vmamba.layers import DOWNSAMPLES, SS2D, SSM_INITS, SSM_OUT_NORMS, STEMS, VSSBlock, init_ssm_, make_mlp
+from vmamba.layers import DOWNSAMPLES, SS2D, SSM_INITS, SSM_OUT_NORMS, STEMS, STRIDES, VSSBlock, init_ssm_, make_mlp
 from vmamba.layers.head import ClassifierHead
 from vmamba.layers.norm import BranchNorm
 
@@ -15,10 +15,16 @@ SIZES = [(32, 32), (33, 47), (32, 100), (70, 54)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("version", "divide"), [("v1", lambda n: n // 4), ("v2", lambda n: -(-n // 4))])
-def test_stem_quarters_the_image(version, divide, size) -> None:
-    y = STEMS[version](3, 8)(torch.randn(2, 3, *size))
-    assert y.shape == (2, divide(size[0]), divide(size[1]), 8)
+@pytest.mark.parametrize("patch", STRIDES)
+@pytest.mark.parametrize(("version", "divide"), [("v1", lambda n, p: n // p), ("v2", lambda n, p: -(-n // p))])
+def test_the_stem_divides_the_image_by_its_patch_size(version, divide, patch, size) -> None:
+    y = STEMS[version](3, 8, patch)(torch.randn(2, 3, *size))
+    assert y.shape == (2, divide(size[0], patch), divide(size[1], patch), 8)
+
+
+def test_stems_quarter_the_image_by_default() -> None:
+    for stem in STEMS.values():
+        assert stem(3, 8)(torch.randn(1, 3, 32, 32)).shape == (1, 8, 8, 8)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (5, 7), (8, 25), (1, 1)])

@@ -51,6 +51,8 @@ def test_it_cannot_be_changed() -> None:
         ("mlp_ratio", -1.0),
         ("mlp_act", None),
         ("stem", "v3"),
+        ("patch_size", 3),
+        ("patch_size", True),
         ("downsample", "v4"),
         ("img_size", 16),
         ("img_size", (64, 64, 3)),
@@ -67,6 +69,14 @@ def test_refused_values_are_named(field, value) -> None:
 def test_position_embedding_needs_whole_patches() -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
         VMambaConfig(pos_embed=True, img_size=34)
+    assert VMambaConfig(pos_embed=True, img_size=34, patch_size=2).img_size == (34, 34)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_the_last_grid_has_a_pixel(patch_size) -> None:
+    VMambaConfig(img_size=8 * patch_size, patch_size=patch_size)
+    with pytest.raises(ValueError, match=f"img_size.*at least {8 * patch_size} pixels"):
+        VMambaConfig(img_size=8 * patch_size - 1, patch_size=patch_size)
 
 
 def test_unknown_fields_are_listed_with_the_known_ones() -> None:

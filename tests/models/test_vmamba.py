@@ -56,6 +56,17 @@ def test_small_models_are_small() -> None:
     assert counts == {"vmamba_nano": 1_092_042, "vmamba_micro": 5_848_522}
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_small_patches_leave_small_images_a_map_to_scan(patch_size) -> None:
+    features = timm.create_model("vmamba_nano", patch_size=patch_size, features_only=True)
+    assert features.feature_info.reduction() == [patch_size * 2**i for i in range(4)]
+    maps = features(torch.randn(1, 3, 32, 32))
+    assert [tuple(m.shape[2:]) for m in maps] == [(32 // r, 32 // r) for r in features.feature_info.reduction()]
+    model = timm.create_model("vmamba_nano", patch_size=patch_size)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("size", [(64, 64), (33, 47), (32, 100)])
 def test_any_size_from_32_pixels(name, size) -> None:
     model = _create(name)

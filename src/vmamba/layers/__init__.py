@@ -7,7 +7,7 @@ from .head import ClassifierHead
 from .init import SSM_INITS, init_ssm_
 from .norm import SSM_OUT_NORMS
 from .ss2d import SS2D
-from .stem import STEMS
+from .stem import STEMS, STRIDES
 
 __all__ = [
     "ACTIVATIONS",
@@ -16,6 +16,7 @@ __all__ = [
     "SSM_INITS",
     "SSM_OUT_NORMS",
     "STEMS",
+    "STRIDES",
     "ClassifierHead",
     "VSSBlock",
     "init_ssm_",

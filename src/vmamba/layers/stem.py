@@ -1,4 +1,7 @@
-"""The stem: image (B, in_chans, H, W) -> (B, H/4, W/4, C). Source: VMamba (arXiv 2401.10166), section 4.3."""
+"""The stem: image (B, in_chans, H, W) -> (B, H/P, W/P, C), P 4. Source: VMamba (arXiv 2401.10166), section 4.3.
+
+P 2 and 1 are ours, for images so small that stages at 1/4 to 1/32 would have no pixels left to scan.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from vmamba.ops.training import WIDEST_CONV, conv_norm_kept
 from .fusion import fused_dtype, fused_training_dtype, is_plain
 from .norm import BranchNorm, StreamNorm, stream_dtype
 
-__all__ = ["STEMS", "ConvStem", "PatchStem"]
+__all__ = ["STEMS", "STRIDES", "ConvStem", "PatchStem"]
+
+# of the two convolutions of v2, for each patch size
+STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
 
 
 def _as_nhwc(x: Tensor) -> Tensor:
@@ -24,14 +30,14 @@ def _channels_last(image: Tensor) -> Tensor:
 
 
 class PatchStem(nn.Module):
-    """v1: 4x4 patches, projected and normalised. (B, in_chans, H, W) -> (B, H // 4, W // 4, C), H and W >= 4.
+    """v1: PxP patches, projected and normalised. (B, in_chans, H, W) -> (B, H // P, W // P, C), H and W >= P.
 
     The pixels beyond the last whole patch are left out, as in the official code.
     """
 
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, device=None, dtype=None):
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, device=device, dtype=dtype)
         self.norm = StreamNorm(dim, device=device, dtype=dtype)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -39,15 +45,19 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """v2: two 3x3 convolutions of stride 2, each normalised. (B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), C)."""
+    """v2: two 3x3 convolutions, each normalised. (B, in_chans, H, W) -> (B, ceil(H/P), ceil(W/P), C).
 
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+    For P = 4 both have stride 2, for 2 the first one, for 1 none.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, device=None, dtype=None):
         super().__init__()
+        first, second = STRIDES[patch_size]
         dd = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1, **dd)
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=first, padding=1, **dd)
         self.norm1 = BranchNorm(dim // 2, **dd)
         self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1, **dd)
+        self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size=3, stride=second, padding=1, **dd)
         self.norm2 = StreamNorm(dim, **dd)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -61,7 +71,8 @@ class ConvStem(nn.Module):
 
     def _is_usual(self) -> bool:
         return (
-            is_plain(self.conv1, nn.Conv2d)
+            self.conv1.stride == self.conv2.stride == (2, 2)
+            and is_plain(self.conv1, nn.Conv2d)
             and is_plain(self.conv2, nn.Conv2d)
             and is_plain(self.norm1, BranchNorm)
             and is_plain(self.norm2, StreamNorm)

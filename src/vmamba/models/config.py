@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from vmamba.layers import ACTIVATIONS, DOWNSAMPLES, SSM_INITS, SSM_OUT_NORMS, STEMS
+from vmamba.layers import ACTIVATIONS, DOWNSAMPLES, SSM_INITS, SSM_OUT_NORMS, STEMS, STRIDES
 from vmamba.ops import ROUTES
 
-__all__ = ["MIN_IMG_SIZE", "VMambaConfig"]
+__all__ = ["VMambaConfig"]
 
-MIN_IMG_SIZE = 32  # the last of the four grids is the image at 1/32
+# the last of the four grids is the image at 1/8 of the stem's
+MIN_GRID = 8
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "ssm_act": tuple(ACTIVATIONS),
@@ -43,11 +44,13 @@ class VMambaConfig:
         routes: cross2d, unidi, bidi, cascade2d.
         ssm_init: mamba, rand, zero.
         mlp_ratio: hidden channels of the MLP / C, 0 for no MLP. mlp_act: its activation. gated_mlp: a gated one.
-        stem: v1 (4x4 patches), v2 (two 3x3 convolutions).
+        stem: v1 (patches), v2 (two 3x3 convolutions).
+        patch_size: the pixels of the image that a pixel of the first stage stands for along each side: 4; 2 or 1 for
+            images of some 32 pixels (ours: released models have 4).
         downsample: v1 (patch merging), v2 (2x2 convolution), v3 (3x3 convolution).
         post_norm: norms after the branches of a block instead of before.
         pos_embed: add a learned position embedding after the stem, of the grid of `img_size`.
-        img_size: pixels, int or (H, W), at least 32. A recommendation unless there is a position embedding.
+        img_size: pixels, int or (H, W), at least 8 patches. A recommendation unless there is a position embedding.
         drop_path_rate: of the last block; grows linearly from 0 at the first.
 
     Raises:
@@ -72,6 +75,7 @@ class VMambaConfig:
     mlp_act: str = "gelu"
     gated_mlp: bool = False
     stem: str = "v2"
+    patch_size: int = 4
     downsample: str = "v3"
     post_norm: bool = False
     pos_embed: bool = False
@@ -92,10 +96,12 @@ class VMambaConfig:
             if len(dims) != len(depths):
                 raise ValueError(f"dims and depths need one entry a stage each: got dims={dims}, depths={depths}")
         img_size = (self.img_size,) * 2 if _is_integer(self.img_size) else self._positive_integers("img_size")
-        fits = len(img_size) == 2 and min(img_size) >= MIN_IMG_SIZE
-        _check(fits, "img_size", self.img_size, f"an integer or (H, W) of at least {MIN_IMG_SIZE} pixels")
-        if self.pos_embed and (img_size[0] % 4 or img_size[1] % 4):
-            raise ValueError(f"img_size must be a multiple of 4 for a position embedding, got {self.img_size!r}")
+        patch = self.patch_size
+        _check(_is_integer(patch) and patch in STRIDES, "patch_size", patch, f"one of {', '.join(map(str, STRIDES))}")
+        fits = len(img_size) == 2 and min(img_size) >= MIN_GRID * patch
+        _check(fits, "img_size", self.img_size, f"an integer or (H, W) of at least {MIN_GRID * patch} pixels")
+        if self.pos_embed and (img_size[0] % patch or img_size[1] % patch):
+            raise ValueError(f"img_size must be a multiple of {patch} for a position embedding, got {self.img_size!r}")
         _check(_is_integer(self.d_state) and self.d_state > 0, "d_state", self.d_state, "a positive integer")
         rank_fits = self.dt_rank == "auto" or (_is_integer(self.dt_rank) and self.dt_rank > 0)
         _check(rank_fits, "dt_rank", self.dt_rank, "'auto' or a positive integer")

@@ -74,7 +74,7 @@ class VMamba(nn.Module):
         num_classes: 0 for no classifier.
         global_pool: "avg", or "" for none.
         drop_rate: dropout before the classifier.
-        output_stride: 32, the only one there is.
+        output_stride: 32, or `8 * patch_size`: there is no other than the architecture's.
 
     Raises:
         ValueError: for values that cannot be, naming the remedy.
@@ -98,7 +98,7 @@ class VMamba(nn.Module):
         config = VMambaConfig.from_dict(given | architecture)
         if isinstance(in_chans, bool) or not isinstance(in_chans, int) or in_chans < 1:
             raise ValueError(f"in_chans must be a positive integer, got {in_chans!r}")
-        if output_stride != 32:
+        if output_stride not in (32, 8 * config.patch_size):
             raise ValueError(
                 f"output_stride must be 32, got {output_stride!r}: the grids of VMamba's stages are fixed; for finer "
                 "features take earlier stages (features_only=True, out_indices=...)"
@@ -108,12 +108,13 @@ class VMamba(nn.Module):
         self.in_chans, self.num_classes, self.global_pool = in_chans, num_classes, global_pool
         self.num_features = self.head_hidden_size = config.dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(config.dims)
+            {"num_chs": dim, "reduction": config.patch_size * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(config.dims)
         ]
 
-        self.stem = STEMS[config.stem](in_chans, config.dims[0], **dd)
+        self.stem = STEMS[config.stem](in_chans, config.dims[0], config.patch_size, **dd)
         if config.pos_embed:
-            grid = [size // 4 for size in config.img_size]
+            grid = [size // config.patch_size for size in config.img_size]
             self.pos_embed = nn.Parameter(torch.empty(1, config.dims[0], *grid, **dd))
         else:
             self.pos_embed = None
@@ -246,7 +247,7 @@ class VMamba(nn.Module):
         return taken
 
     def _embed(self, x: Tensor) -> Tensor:
-        """Image (B, in_chans, H, W) -> (B, H/4, W/4, C), with the position embedding where there is one."""
+        """Image (B, in_chans, H, W) -> (B, H/P, W/P, C), P the patch size; with the position embedding, if any."""
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"expected images (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
         x = self.stem(x)
