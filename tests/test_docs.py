@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("segmentation.md",)
+PAGES = ("analysis.md", "segmentation.md")
 NEEDED = {"segmentation_models_pytorch": "smp", "transformers": "hf"}
 
 

@@ -72,14 +72,14 @@ def test_models_by_default(capsys, tmp_path):
 
 
 def test_a_model_that_fails_is_told_in_its_row(capsys, monkeypatch):
-    make = throughput._make
+    make = throughput.make_model
 
     def make_all_but_one(name, size):
         if name == "convnext_atto":
             raise MemoryError("no room")
         return make(name, size)
 
-    monkeypatch.setattr(throughput, "_make", make_all_but_one)
+    monkeypatch.setattr(throughput, "make_model", make_all_but_one)
     main(["bench", *QUICK, "--task", "latency", "--png", "bench.png"])
     out = capsys.readouterr().out
     assert re.search(r"^convnext_atto  eager  -  .*failed: MemoryError: no room$", out, re.MULTILINE)

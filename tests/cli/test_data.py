@@ -114,7 +114,7 @@ def test_bench_compares_with_figures_of_models(photos, capsys, tmp_path):
         (["check", "nowhere"], "no such data folder: nowhere"),
         (["check", "photos", "--json", "nowhere/x.json"], "there is no directory nowhere"),
         (["check", "photos", "--task", "segmentation"], "is no segmentation data set"),
-        (["check", "photos", "--task", "detection"], "name the COCO file of the images with --annotations"),
+        (["check", "photos", "--task", "detection"], "photos is no detection data set"),
         (["check", "photos", "--annotations", "train.json"], "--annotations goes with --task detection"),
         (["bench", "--data", "photos", "--workers", "many"], "--workers takes numbers such as 0,4,8, not 'many'"),
         (["bench", "--data", "photos", "--workers", "-1"], "must not be negative"),

@@ -247,3 +247,20 @@ def test_real_data_sets_load(shared, tmp_path, pack) -> None:
         if masks:
             assert target["masks"].shape == (len(target["boxes"]), *image.shape[1:])
             assert target["masks"].flatten(1).any(1).all()
+
+
+def test_items_from_memory_are_those_from_files(make_coco) -> None:
+    images, file, _ = make_coco()
+    files, memory = (CocoDataset(images, file, keep_empty=True) for _ in range(2))
+    memory.load()
+    memory.load()  # once is enough
+    for i in range(3):
+        (one, wanted), (other, target) = files[i], memory[i]
+        assert torch.equal(one, other)
+        assert wanted.keys() == target.keys()
+        assert all(torch.equal(wanted[name], target[name]) for name in wanted)
+    for path in images.iterdir():
+        path.unlink()
+    assert memory[0][0].shape == (3, 48, 64)
+    assert "masks" not in memory.without_masks()[0][1]
+    assert "masks" in memory[0][1]

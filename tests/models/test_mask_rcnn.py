@@ -378,6 +378,20 @@ def test_autocast_keeps_boxes_and_losses_in_full_precision() -> None:
     assert found["boxes"].dtype == found["scores"].dtype == torch.float32
 
 
+def test_masks_are_pasted_in_full_precision_under_autocast() -> None:
+    transform = _small().eval().transform
+    torch.manual_seed(0)
+    boxes, masks = torch.tensor([[3.2, 4.9, 300.4, 211.7]]), torch.rand(1, 1, 28, 28)
+    pasted = []
+    for enabled in (False, True):
+        found = [{"boxes": boxes.clone(), "masks": masks.clone()}]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            transform.postprocess(found, [(240, 320)], [(240, 320)])
+        pasted.append(found[0]["masks"])
+    assert torch.equal(*pasted)
+    assert 0.3 < pasted[0][0, 0, 10:200, 10:290].float().mean() < 0.7
+
+
 # ---- backbones and mistakes
 
 

@@ -209,3 +209,24 @@ def test_mistakes_are_named(make_coco, tmp_path) -> None:
     (tmp_path / "r.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match=r"r\.json is no result file of COCO"):
         average_precision(file, tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (7, 5), (40, 64)])
+def test_masks_are_encoded_as_by_cocos_own_encoder(size) -> None:
+    library = pytest.importorskip("faster_coco_eval.core.mask")
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)]
+    for share in (0.05, 0.5, 0.95):
+        masks.append(torch.rand(size, generator=generator) < share)
+        patch = torch.zeros(size, dtype=torch.bool)
+        patch[size[0] // 3 :, size[1] // 2 :] = True  # to the bottom, but not from the top
+        masks += [patch, patch.flip(0), patch & masks[2]]
+    masks = torch.stack(masks)[:, None]
+    count = len(masks)
+    found = {"masks": masks, "labels": torch.ones(count, dtype=torch.int64), "scores": torch.rand(count)}
+    results = mask_results(found, 3, (Category(1, "thing"),))
+    for mask, result in zip(masks[:, 0], results, strict=True):
+        wanted = library.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+        assert result["segmentation"] == {"size": list(size), "counts": wanted["counts"].decode()}
+    nothing = {"masks": masks[:0], "labels": torch.ones(0, dtype=torch.int64), "scores": torch.rand(0)}
+    assert mask_results(nothing, 3, (Category(1, "thing"),)) == []

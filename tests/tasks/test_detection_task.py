@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vmamba.data import CocoDataset, collate_detection, detection_evaluation_transform
+from vmamba.data.detection import collate_packed
 from vmamba.models.detection import mask_rcnn
 from vmamba.tasks import Detection
 
@@ -80,6 +81,18 @@ def test_what_cannot_be_is_refused(make_coco) -> None:
         Detection(dataset.coco, ())
     with pytest.raises(ValueError, match="max_dets must be at least 1"):
         Detection(dataset.coco, dataset.categories, max_dets=0)
+
+
+def test_packed_masks_give_the_same_loss(make_coco, one_thread) -> None:
+    images, file, _ = make_coco()
+    dataset = CocoDataset(images, file, transform=detection_evaluation_transform())
+    task = Detection(dataset.coco, dataset.categories)
+    detector = mask_rcnn("vmamba_nano", 2, channels=8, fc_channels=8, min_size=48, max_size=64).train()
+    losses = []
+    for collate in (collate_detection, collate_packed):
+        torch.manual_seed(0)
+        losses.append(task.training_loss(detector, collate([dataset[0], dataset[1]])))
+    assert torch.equal(*losses)
 
 
 @pytest.mark.slow

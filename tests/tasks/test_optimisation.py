@@ -2,9 +2,11 @@
 
 import pytest
 import timm
+import torch
+from torch import nn
 
 from vmamba import list_models
-from vmamba.tasks import make_optimizer, warmup_cosine
+from vmamba.tasks import make_optimizer, warmup_cosine, warmup_polynomial, warmup_steps
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -89,3 +91,55 @@ def test_settings_an_optimizer_has_no_use_for():
         timm.create_model("test_vit"), "sgd", lr=0.1, weight_decay=0.0, betas=(0.8, 0.9), eps=1e-3
     )
     assert "betas" not in optimizer.param_groups[0]
+
+
+def _theirs(steps, *schedulers):
+    """The factors of torch's schedulers, multiplied, at every step."""
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    made = [make(optimizer) for make in schedulers]
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in made:
+            scheduler.step()
+    return rates
+
+
+def test_steps_equal_torchs_warm_up_and_multi_step():
+    schedulers = torch.optim.lr_scheduler
+    theirs = _theirs(
+        60,
+        lambda o: schedulers.LinearLR(o, start_factor=0.001, total_iters=10),
+        lambda o: schedulers.MultiStepLR(o, [40, 55], gamma=0.1),
+    )
+    ours = [warmup_steps(step, warmup=10, start=0.001, drops=(40, 55), gamma=0.1) for step in range(60)]
+    assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.9])
+def test_the_polynomial_equals_torchs(power):
+    settings = {"steps": 50, "warmup": 0, "start": 0.0, "end": 0.0, "power": power}
+    theirs = _theirs(50, lambda o: torch.optim.lr_scheduler.PolynomialLR(o, total_iters=50, power=power))
+    assert [warmup_polynomial(step, **settings) for step in range(50)] == pytest.approx(theirs, rel=1e-9)
+    settings |= {"warmup": 10, "start": 0.1, "end": 0.2}
+    assert warmup_polynomial(5, **settings) == pytest.approx(0.55)
+    assert warmup_polynomial(10, **settings) == 1.0
+    assert warmup_polynomial(50, **settings) == pytest.approx(0.2)
+
+
+def test_vectors_decay_where_asked_for_but_norms_and_marked_ones_do_not():
+    model = timm.create_model("vmamba_nano", device="meta")
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = make_optimizer(model, lr=1e-3, weight_decay=0.05, decay_vectors=True).param_groups
+    kept = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+    norms = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters()
+    }
+    assert len(norms) > 20
+    assert kept == norms | model.no_weight_decay()
+    with pytest.raises(ValueError, match="decay_vectors does not go with layer_decay"):
+        make_optimizer(model, lr=1e-3, weight_decay=0.05, decay_vectors=True, layer_decay=0.8)

@@ -5,6 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vmamba.data import Preprocessing
+from vmamba.tasks import Chart
 from vmamba.training import About, read_checkpoint, resolve
 from vmamba.training.distributed import World
 from vmamba.training.lightning_engine import fit
@@ -33,6 +34,8 @@ class Line:
     """Fit y = 3 x - 1."""
 
     metric = "fit"
+    chart = Chart("fit.png", "Fit", "", {"fit": "fit"})
+    trains_at_one_size = evaluates_at_one_size = True
 
     def training_loss(self, model, batch):
         x, y = batch

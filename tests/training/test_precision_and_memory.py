@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vmamba.data import Preprocessing
+from vmamba.tasks import Chart
 from vmamba.training import About, evaluate_checkpoint, load_trained, read_checkpoint, resolve, train
 from vmamba.training.distributed import World
 from vmamba.training.lightning_engine import fit
@@ -39,6 +40,8 @@ class Watched:
     """Fit y = 3 x - 1 and remember the weights before every step; ``blow_up`` maps steps to factors on the loss."""
 
     metric = "fit"
+    chart = Chart("fit.png", "Fit", "", {"fit": "fit"})
+    trains_at_one_size = evaluates_at_one_size = True
 
     def __init__(self, blow_up):
         self.blow_up = blow_up

@@ -6,9 +6,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import SGD
 
-from vmamba.tasks import warmup_cosine
+from vmamba.tasks import ADE20K_SINGLE_SCALE, warmup_cosine
 from vmamba.training import RECIPES, resolve
 from vmamba.training.config import Config, as_dict, from_dict, parse_overrides
+from vmamba.training.schedule import Schedule
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -28,6 +29,77 @@ def test_a_recipe_is_a_complete_config(name):
 def test_an_unknown_recipe():
     with pytest.raises(ValueError, match="there is no recipe 'imagenette'; there are: digits, photos, small"):
         resolve(recipe="imagenette")
+
+
+def test_ade20k_is_the_published_recipe():
+    config = resolve(recipe="ade20k")
+    schedule, optim, chosen = config.schedule, config.optim, config.segmentation
+    assert (schedule.iterations, schedule.warmup_iterations, schedule.warmup_from) == (160_000, 1_500, 1e-6)
+    assert (schedule.shape, schedule.power, schedule.decay_to) == ("poly", 1.0, 0.0)
+    assert (optim.name, config.learning_rate, optim.betas, optim.weight_decay) == ("adamw", 6e-5, (0.9, 0.999), 0.01)
+    assert (optim.clip_norm, optim.layer_decay, optim.decay_vectors) == (0.0, None, True)
+    assert config.data.batch_size == 16
+    augment = chosen.augment
+    assert (augment.crop, augment.base_size, augment.ratio) == ((512, 512), (2048, 512), (0.5, 2.0))
+    assert (augment.class_share, augment.flip, augment.photometric, augment.antialias) == (0.75, 0.5, True, False)
+    assert (chosen.channels, chosen.auxiliary_channels, chosen.dropout, chosen.auxiliary_weight) == (512, 256, 0.1, 0.4)
+    assert chosen.inference == ADE20K_SINGLE_SCALE
+
+
+@pytest.mark.parametrize(("name", "epochs", "drops"), [("coco_1x", 12, (8, 11)), ("coco_3x", 36, (27, 33))])
+def test_coco_is_the_published_recipe(name, epochs, drops):
+    config = resolve(recipe=name)
+    schedule, optim, chosen = config.schedule, config.optim, config.detection
+    assert (schedule.epochs, schedule.shape, schedule.drops, schedule.gamma) == (epochs, "steps", drops, 0.1)
+    assert (schedule.warmup_iterations, schedule.warmup_from) == (1_000, 1e-3)
+    assert (optim.name, config.learning_rate, optim.betas, optim.weight_decay) == ("adamw", 1e-4, (0.9, 0.999), 0.05)
+    assert (optim.clip_norm, optim.layer_decay, optim.decay_vectors) == (0.0, None, True)
+    assert (config.data.batch_size, config.model.weights) == (16, "pretrained")
+    assert (chosen.channels, chosen.max_size, chosen.anchor_scale) == (256, 1333, 8.0)
+    assert (chosen.score_threshold, chosen.max_detections) == (0.05, 100)
+    many = name == "coco_3x"
+    assert chosen.min_size == (tuple(range(480, 801, 32)) if many else (800,))
+    assert (chosen.augment.horizontal_flip, chosen.augment.crop) == (0.5, 0.5 if many else 0.0)
+    assert (chosen.augment.crop_resize, chosen.augment.crop_sides) == ((400, 500, 600), (384, 600))
+
+
+def test_a_config_that_names_its_task_alone_takes_that_tasks_small_recipe():
+    config = resolve({"task": "segmentation", "data": {"source": "street"}})
+    assert config.segmentation == resolve(recipe="small_segmentation").segmentation
+    with pytest.raises(ValueError, match="augment is a section of classification, and this is segmentation"):
+        resolve({"task": "segmentation"}, recipe="photos")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": None}, "of schedule.epochs and schedule.iterations one must be a number and the other null"),
+        ({"iterations": 10}, "of schedule.epochs and schedule.iterations"),
+        ({"warmup_iterations": 10}, "of schedule.warmup_epochs and schedule.warmup_iterations"),
+        ({"epochs": None, "iterations": 10}, "warms up over schedule.warmup_iterations"),
+        ({"validate_every": 5}, "validate_every counts iterations"),
+        ({"shape": "steps"}, "drops and schedule.shape=steps go together"),
+        ({"drops": [3]}, "drops and schedule.shape=steps go together"),
+        ({"drops": [3, 2], "shape": "steps"}, "must be positive and rise"),
+        ({"shape": "linear"}, "schedule.shape must be one of 'cosine', 'poly', 'steps'"),
+        ({"power": 0}, "schedule.power must be positive"),
+    ],
+)
+def test_schedules_that_contradict_themselves(changes, message):
+    with pytest.raises(ValueError, match=message):
+        resolve({"schedule": changes}, recipe="photos")
+
+
+def test_iterations_and_drops_count_steps():
+    schedule = {"epochs": None, "iterations": 100, "validate_every": 20, "warmup_epochs": None, "warmup_iterations": 10}
+    config = resolve({"schedule": schedule | {"shape": "steps", "drops": [60, 80]}})
+    assert (config.schedule.rounds, config.schedule.steps_per_round) == (5, 20)
+    planned = Schedule(config, 20)
+    assert (planned.steps, planned.warmup, planned.drops) == (100, 10, (60, 80))
+    assert [planned.factor(step) for step in (10, 59, 60, 80)] == pytest.approx([1, 1, 0.1, 0.01])
+    epochs = {"epochs": 5, "warmup_epochs": None, "warmup_iterations": 10, "shape": "steps", "drops": [3, 4]}
+    planned = Schedule(resolve({"schedule": epochs}), 20)
+    assert (planned.steps, planned.warmup, planned.drops) == (100, 10, (60, 80))
 
 
 def test_imagenet_is_the_papers_recipe():

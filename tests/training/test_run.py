@@ -77,9 +77,9 @@ def test_run_directory(tiny_config, tmp_path, capsys):
     losses = [event.value for event in events.Scalars("step/train_loss")]
     assert float(rows[1]["train_loss"]) == pytest.approx(np.mean(losses[3:]), rel=1e-5)
 
-    assert len(np.unique(np.asarray(Image.open(outcome.confusion_png)))) > 20
+    assert len(np.unique(np.asarray(Image.open(outcome.pictures["Confusion matrix"])))) > 20
     # the photos are noise: if they are on the sheet, its grey values are many and common
-    sheet = np.asarray(Image.open(outcome.predictions_png).convert("L"))
+    sheet = np.asarray(Image.open(outcome.pictures["Predictions"]).convert("L"))
     assert (np.unique(sheet, return_counts=True)[1] > 100).sum() > 100
     assert all(path.is_file() for path in outcome.sample_images)
     lines = capsys.readouterr().out

@@ -28,7 +28,7 @@ def test_report(tiny_config, tmp_path, drawn):
     folder = tmp_path / "run" / "report"
     assert outcome.report == folder / "summary.md"
     text = outcome.report.read_text()
-    assert f"| top-1 on the 12 validation images | {outcome.metrics['top1']:.2f} % |" in text
+    assert f"| accuracy on the 12 validation images | {outcome.metrics['top1']:.2f} % |" in text
     assert f"| loss | {outcome.metrics['loss']:.4f} |" in text
     assert re.search(rf"weights \| epoch {outcome.best_epoch} of 3, (as trained|their moving average)", text)
     assert re.search(r"hardware \| cpu \(.*\), fp32", text)

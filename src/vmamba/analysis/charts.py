@@ -1,4 +1,4 @@
-"""Bar charts of measured figures, as PNG."""
+"""Bar charts of measured figures, as PNG or SVG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .._extras import require
 from .._files import write_aside
 
-__all__ = ["Bar", "Panel", "save_bars"]
+__all__ = ["COLOURS", "Bar", "Panel", "figure_format", "save_bars"]
 
 # Okabe and Ito's colours: told apart by every common kind of colour vision, and in grey by their lightness
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -27,11 +27,26 @@ class Bar(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One set of axes. unit: of the values, with what is better. bars: in the order in which they stand."""
+    """One set of axes. unit: of the values, with what is better. bars: in the order in which they stand. log: whether
+    the axis is logarithmic.
+    """
 
     title: str
     unit: str
     bars: Sequence[Bar]
+    log: bool = False
+
+
+def figure_format(path: Path) -> str:
+    """ "png" or "svg", by the end of a file's name.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise ValueError(f"cannot draw {path}: a figure's name must end in .png or .svg")
+    return kind
 
 
 def save_bars(panels: Sequence[Panel], heading: str, footnote: str, path: Path) -> None:
@@ -40,7 +55,9 @@ def save_bars(panels: Sequence[Panel], heading: str, footnote: str, path: Path) 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
         OSError: the file could not be written.
+        ValueError: `path` ends in neither .png nor .svg.
     """
+    kind = figure_format(path)
     figure_module = require("matplotlib.figure", "train")
     series = list(dict.fromkeys(bar.series for panel in panels for bar in panel.bars))
     heights = [0.9 + 0.3 * len(panel.bars) for panel in panels]
@@ -51,7 +68,7 @@ def save_bars(panels: Sequence[Panel], heading: str, footnote: str, path: Path) 
     for axes, panel in zip(grid, panels, strict=True):
         _draw(axes, panel, series)
     figure.supxlabel(footnote, fontsize=7)
-    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    write_aside(path, lambda aside: figure.savefig(aside, format=kind, dpi=120))
 
 
 def _short(value: float) -> str:
@@ -59,7 +76,15 @@ def _short(value: float) -> str:
 
 
 def _draw(axes, panel: Panel, series: list[str]) -> None:
-    longest = max((bar.high for bar in panel.bars if bar.value is not None), default=1.0)
+    values = [bar for bar in panel.bars if bar.value is not None]
+    longest = max((bar.high for bar in values), default=1.0)
+    # where bars begin; on a logarithmic axis there is no zero
+    start = min((bar.low for bar in values), default=1.0) / 3 if panel.log else 0.0
+
+    def beyond(value: float, share: float) -> float:
+        """So far to the right of a value, as a share of the axis."""
+        return value * (longest / start) ** share if panel.log else value + share * longest
+
     groups: dict[str, list[float]] = {}
     named = set()
     y = 0.0
@@ -68,23 +93,26 @@ def _draw(axes, panel: Panel, series: list[str]) -> None:
             y += 0.5  # air between groups
         groups.setdefault(bar.group, []).append(y)
         if bar.value is None:
-            axes.text(0.01 * longest, y, f"{bar.series}: {bar.note}", va="center", fontsize=7)
+            axes.text(beyond(start, 0.01), y, f"{bar.series}: {bar.note}", va="center", fontsize=7)
         else:
             axes.barh(
                 y,
-                bar.value,
+                bar.value - start,
+                left=start,
                 height=0.85,
                 color=COLOURS[series.index(bar.series) % len(COLOURS)],
                 label=None if bar.series in named else bar.series,
-                xerr=[[bar.value - bar.low], [bar.high - bar.value]],
+                xerr=[[bar.value - bar.low], [bar.high - bar.value]] if bar.high > bar.low else None,
                 error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "black"},
             )
             named.add(bar.series)
-            axes.text(bar.high + 0.012 * longest, y, _short(bar.value), va="center", fontsize=8)
+            axes.text(beyond(bar.high, 0.012), y, _short(bar.value), va="center", fontsize=8)
         y += 1
     axes.set_yticks([sum(ys) / len(ys) for ys in groups.values()], list(groups), fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * longest)
+    if panel.log:
+        axes.set_xscale("log")
+    axes.set_xlim(start, beyond(longest, 0.12))
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel(panel.unit, fontsize=8)
     axes.tick_params(axis="x", labelsize=8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -206,16 +206,16 @@ def measure_models(
     """
     settings = settings or ModelSettings()
     device = checked_device(settings.device)
-    settings = _filled_in(settings, device)
+    settings = filled_in(settings, device)
     sources = dict(models) if isinstance(models, Mapping) else dict.fromkeys(models)
     if not sources:
         raise ValueError("name at least one model to measure")
     for name, module in sources.items():
         if module is None:
-            _check_name(name)
+            check_name(name)
     facts = environment(device)
     weights, autocast = DTYPES[settings.dtype]
-    with as_current(device), numeric_flags(settings.tf32), own_random_numbers(device), _compiles_every_case():
+    with conditions(device, settings.tf32):
         progress("judging the scan")
         report = ModelReport(settings, facts, judge(facts["scan_backend"], device, autocast or weights))
         for task in settings.tasks:
@@ -239,6 +239,35 @@ def measure_models(
                 report.rows.append(case.row)
             free_memory()
     return report
+
+
+@contextmanager
+def conditions(device: torch.device, tf32: bool) -> Iterator[None]:
+    """What figures are taken under: flags, random numbers, room for compiled cases; put back afterwards."""
+    with as_current(device), numeric_flags(tf32), own_random_numbers(device), _compiles_every_case():
+        yield
+
+
+def measure_case(
+    name: str, module: nn.Module | None, task: str, mode: str, settings: ModelSettings, device: torch.device
+) -> ModelRow:
+    """One model at one task in one mode, on its own, under the `conditions` that the caller has set.
+
+    Args:
+        name: what timm calls it, or of a `module`, which is copied, what it is called.
+        task: one of `TASKS`. mode: one of `MODES`. settings: `filled_in` for `device`.
+
+    Returns:
+        the row; if it fails (out of memory, does not compile) with the reason.
+    """
+    case = _Case(name, module, task, mode, settings, device)
+    result = in_turn({(name,): case.prepare}, settings.repeats, lambda message: None)[(name,)]
+    if isinstance(result, str):
+        case.row.error = result
+    else:
+        case.row.seconds = result
+    free_memory()
+    return case.row
 
 
 class _Case:
@@ -266,8 +295,9 @@ class _Case:
 
     def _step(self) -> Callable[[], object]:
         settings, row = self.settings, self.row
-        model = copy.deepcopy(self.module) if self.module is not None else _make(row.model, settings.size)
-        images = torch.randn(row.batch, 3, settings.size, settings.size, device=self.device)
+        size = (settings.size, settings.size)
+        model = copy.deepcopy(self.module) if self.module is not None else make_model(row.model, size)
+        images = torch.randn(row.batch, 3, *size, device=self.device)
         row.channels_last = settings.channels_last == "on" or (
             settings.channels_last == "auto" and _is_convolutional(model)
         )
@@ -329,7 +359,8 @@ def _choice(name: str, value: object, known: Sequence[object]) -> None:
         raise ValueError(f"{name}: unknown {value!r}; choose from {listed}")
 
 
-def _filled_in(settings: ModelSettings, device: torch.device) -> ModelSettings:
+def filled_in(settings: ModelSettings, device: torch.device) -> ModelSettings:
+    """The settings with the device's own defaults where there is None."""
     on_cuda = device.type == "cuda"
     return replace(
         settings,
@@ -339,21 +370,31 @@ def _filled_in(settings: ModelSettings, device: torch.device) -> ModelSettings:
     )
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse a name that timm does not know.
+
+    Raises:
+        ValueError: naming close ones.
+    """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see `vmamba models` and timm.list_models()"
         raise ValueError(f"there is no model {name!r}; {hint}")
 
 
-def _make(name: str, size: int) -> nn.Module:
-    """The model for images of that size: some take the size as an argument, most take any size."""
-    if size == timm.get_pretrained_cfg(name).input_size[-1]:
-        return timm.create_model(name)
+def make_model(name: str, size: tuple[int, int], **options: Any) -> nn.Module:
+    """A timm model with random weights for images of (H, W): some take the size as an argument, most take any size.
+
+    Raises:
+        ValueError: timm knows no such model.
+    """
+    check_name(name)
+    if tuple(size) == timm.get_pretrained_cfg(name).input_size[-2:]:
+        return timm.create_model(name, **options)
     try:
-        return timm.create_model(name, img_size=size)
+        return timm.create_model(name, img_size=tuple(size), **options)
     except TypeError:
-        return timm.create_model(name)
+        return timm.create_model(name, **options)
 
 
 def _is_convolutional(model: nn.Module) -> bool:

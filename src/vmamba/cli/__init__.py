@@ -8,9 +8,33 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, convert, data, detect, evaluate, models, predict, segment, train
+from . import (
+    ablations,
+    attention,
+    bench,
+    convert,
+    count,
+    data,
+    detect,
+    doctor,
+    erf,
+    evaluate,
+    ladder,
+    models,
+    predict,
+    routes,
+    scaling,
+    segment,
+    train,
+)
 
-COMMANDS = (train, evaluate, predict, detect, segment, models, convert, bench, data)
+# in the order in which the help lists them: using networks, data and trouble, measuring, looking inside
+COMMANDS = (
+    *(train, evaluate, predict, detect, segment, models, convert),
+    *(data, doctor),
+    *(bench, count, scaling, ladder, ablations),
+    *(erf, attention, routes),
+)
 
 # what a user can put right: told in one line, without a traceback
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError)
@@ -19,7 +43,7 @@ MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointEr
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 2 after a user's mistake, 130 if interrupted.
 
-    And with 1 where `bench` found wrong results, or `data check` bad data.
+    And with 1 where `bench`, `scaling` or `ladder` found wrong results, `data check` bad data, or `doctor` a problem.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -42,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vmamba",
         description="VMamba, the Visual State Space Model: train, evaluate and use image classifiers, use detectors "
-        "and segmentation networks, look at data sets.",
+        "and segmentation networks, look at data sets and into networks.",
         epilog="Start with `vmamba train`: it trains on handwritten digits, offline, in minutes on a CPU.",
     )
     parser.add_argument("--version", action="version", version=f"vmamba {__version__}")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .tables import check_figure, check_writable, print_table
 
 if TYPE_CHECKING:
     from ..analysis import ModelReport, OperatorReport
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tf32", action="store_true", default=None, help="let fp32 products use TF32")
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default 7)")
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
-    parser.add_argument("--png", metavar="FILE", help="also draw a bar chart")
+    parser.add_argument("--png", metavar="FILE", help="also draw a bar chart (.png or .svg)")
     models = parser.add_argument_group("of models")
     models.add_argument("--task", metavar="LIST", help="some of inference,latency,training (default all three)")
     models.add_argument(
@@ -108,13 +109,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"{flag} is of no use {'with' if options.op else 'without'} --op: leave it out")
     if options.op and options.models:
         raise ValueError(f"--op measures the scan alone: leave out {' '.join(options.models)}, or --op")
-    for path in (options.json, options.png):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f"cannot write {path}: there is no directory {Path(path).parent}")
-    if options.png:
-        from .._extras import require
-
-        require("matplotlib.figure", "train")
+    check_writable(options.json)
+    check_figure(options.png)
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict:
@@ -151,7 +147,7 @@ def _models(options: argparse.Namespace) -> ModelReport:
                 continue
             speed = f"{row.images_per_second:,.1f}"
             cells.append([row.model, row.mode, layout, speed, *_times(row), memory, _ratio(report.relative(row))])
-        _print_table(names if report.valid else names[:-1], cells, left=3)
+        print_table(names if report.valid else names[:-1], cells, left=3)
     return report
 
 
@@ -178,7 +174,7 @@ def _operator(options: argparse.Namespace) -> OperatorReport:
                 floor = [f"{1000 * row.floor:.3f}", f"{100 * row.fraction_of_floor:.1f}"]
             cells.append([row.backend, row.work, *_times(row), *floor, _ratio(report.speed_up(row))])
         names = ["backend", "pass", "ms", "least - most", "floor ms", "% of floor", f"x {report.baseline}"]
-        _print_table(names if compared else names[:-1], cells, left=2)
+        print_table(names if compared else names[:-1], cells, left=2)
     return report
 
 
@@ -205,19 +201,6 @@ def _times(row) -> list[str]:
 
 def _ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
-
-
-def _print_table(names: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
-    """Columns under their names, the first `left` of them to the left. A row that ends early ends with a sentence."""
-    rows = [list(row)[: len(names)] for row in rows]
-    whole = [names, *(row if len(row) == len(names) else row[:-1] for row in rows)]
-    widths = [max(len(row[i]) for row in whole if i < len(row)) for i in range(len(names))]
-    align: list[Callable[[str, int], str]] = [str.ljust if i < left else str.rjust for i in range(len(names))]
-    for row in (names, *rows):
-        cells = [align[i](cell, widths[i]) for i, cell in enumerate(row)]
-        if len(row) < len(names):
-            cells[-1] = row[-1]
-        print("  ".join(cells).rstrip())
 
 
 def _task_title(report: ModelReport, task: str) -> str:

@@ -21,8 +21,10 @@ EXAMPLES = """examples:
   vmamba data check photos/
   vmamba data check imagenette160/ --json check.json
   vmamba data check street/ --task segmentation
+  vmamba data check cells/ --task detection
   vmamba data check images/ --task detection --annotations train.json
   vmamba data bench --data photos/ --workers 0,4,8 --needed 4000
+  vmamba data bench --recipe small_segmentation --data street/ --workers 16 --needed 300
   vmamba data bench --config runs/photos-vmamba_micro/config.yaml --set data.in_memory=true --needed bench.json
 
 `check` reads every file; its exit status is 1 where something is wrong: an image is unreadable, classes differ
@@ -42,9 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder, zip or tar file, hfds/NAME, or digits; folder of images and masks; folder of COCO images",
     )
     check.add_argument("--task", choices=tuple(CHECKS), default="classification", help="what the data is for")
-    check.add_argument("--annotations", metavar="JSON", help="for detection: the COCO file of the images in PATH")
+    check.add_argument(
+        "--annotations",
+        metavar="JSON",
+        help="for detection: the COCO file of the images in PATH (default: found in PATH)",
+    )
     bench = actions.add_parser("bench", help="images a second that training gets, and whether a GPU would wait")
     bench.add_argument("--data", metavar="PATH", help="the data set (default: what the config says)")
+    bench.add_argument("--recipe", metavar="NAME", help="the recipe to make batches of")
     bench.add_argument("--config", metavar="YAML", help="config of a run")
     bench.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change one config field")
     bench.add_argument("--workers", metavar="LIST", help="numbers of processes (default 0,1,2,4 ... up to the cores)")
@@ -93,15 +100,21 @@ def _check_masks(options: argparse.Namespace) -> dict:
 
 
 def _check_objects(options: argparse.Namespace) -> dict:
-    from ..data import check_detection, read_coco
+    from ..data import AnnotatedImages, check_detection, open_detection, read_coco
 
-    if not options.annotations:
-        raise ValueError("name the COCO file of the images with --annotations")
-    coco = read_coco(options.annotations)
-    findings = check_detection(options.source, coco)
-    counts = {name: len(getattr(coco, name)) for name in ("images", "annotations", "categories")}
-    what = f"{options.annotations}: {_counts(counts)}{', with masks' if coco.has_masks else ''}"
-    return _told(options, what, findings, {**counts, "has_masks": coco.has_masks})
+    if options.annotations:
+        parts = {"images": AnnotatedImages(Path(options.source), read_coco(options.annotations))}
+    else:
+        parts = open_detection(options.source)
+    categories = next(iter(parts.values())).coco.categories
+    findings, figures, lines = [], {}, []
+    for name, (images, coco) in parts.items():
+        findings += check_detection(images, coco, categories=categories)
+        counts = {kind: len(getattr(coco, kind)) for kind in ("images", "annotations", "categories")}
+        lines.append(f"{coco.file}: {_counts(counts)}{', with masks' if coco.has_masks else ''}")
+        figures[name] = {**counts, "has_masks": coco.has_masks}
+    figures = figures["images"] if options.annotations else {"parts": figures}
+    return _told(options, "\n".join(lines), findings, figures)
 
 
 CHECKS = {"classification": _check_classes, "segmentation": _check_masks, "detection": _check_objects}
@@ -164,6 +177,7 @@ def _bench(options: argparse.Namespace) -> dict:
         configs.read_yaml(options.config) if options.config else {},
         {"data": {"source": options.data}} if options.data else {},
         configs.parse_overrides(options.set),
+        recipe=options.recipe,
     )
     if options.seconds <= 0:
         raise ValueError(f"--seconds must be positive, not {options.seconds}")
@@ -183,33 +197,23 @@ def _bench(options: argparse.Namespace) -> dict:
 
 def _measure(config: Config, counts: list[int | None], seconds: float) -> list[LoadingSpeed]:
     from ..analysis.measuring import checked_device
-    from ..data import check_batches, open_source, training_batches
     from ..data.speed import LoadingSpeed, measure_loading
-    from ..training.run import preprocessing_of
+    from ..training.job import Share
+    from ..training.jobs import open_job
 
-    data = config.data
-    device = checked_device("cpu" if config.run.device == "mps" else config.run.device) if data.in_memory else None
-    samples = open_source(
-        data.source, val_fraction=data.val_fraction, split_seed=data.split_seed, on_unreadable=data.on_unreadable
-    ).train
-    preprocessing = preprocessing_of(config)
-    check_batches([samples], preprocessing, config.augment, in_memory=data.in_memory, longest=data.memory_size)
-    where = f"in memory, batches made on {device}" if data.in_memory else f"{_cores()} cores"
-    batch_size = data.batch_size // config.run.accumulate
-    print(f"{data.source}: {len(samples):,} training images, {data.image_size} px, batch {batch_size}; {where}")
+    on_device = config.data.in_memory and config.task == "classification"
+    device = checked_device("cpu" if config.run.device == "mps" else config.run.device) if on_device else None
+    share = Share(config.data.batch_size // config.run.accumulate)
+    job = open_job(config)
+    job.check(share, "cpu", 1)
+    where = f"in memory, batches made on {device}" if on_device else f"{_cores()} cores"
+    print(
+        f"{config.data.source}: {len(job.parts['train']):,} training images, {job.size_in_words}, "
+        f"batch {share.batch_size}; {where}"
+    )
     speeds = []
     for workers in counts:
-        batches = training_batches(
-            samples,
-            preprocessing,
-            config.augment,
-            batch_size=batch_size,
-            seed=config.run.seed,
-            workers=workers or 0,
-            in_memory=data.in_memory,
-            longest=data.memory_size,
-            device=device or "cpu",
-        )
+        batches = job.training_batches(share, device or "cpu", workers=workers or 0)
         # each process has two batches ready before any is asked for
         rate = measure_loading(batches, seconds=seconds, warm_up=2 * workers if workers else 1)
         speeds.append(LoadingSpeed(workers, device.type if device else "cpu", rate))
@@ -279,7 +283,7 @@ def _needed_in_figures(path: Path, model: str) -> float:
 
 
 def _worker_counts(text: str | None, config: Config) -> list[int | None]:
-    if config.data.in_memory:
+    if config.data.in_memory and config.task == "classification":
         if text is not None:
             raise ValueError("--workers is of no use with data.in_memory=true: nothing is loaded then")
         return [None]

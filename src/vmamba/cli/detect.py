@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..data import Category
 
 NAME = "detect"
 HELP = "find objects in image files with a trained detector"
 EXAMPLES = """examples:
   vmamba detect --checkpoint mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth street.jpg zoo/
+  vmamba detect --checkpoint runs/cells-vmamba_tiny_s1l8 slides/
   vmamba detect --checkpoint cells.safetensors --categories cells/train.json --out found/ slide.png
   vmamba detect --checkpoint swin.safetensors --model swin_tiny_patch4_window7_224 --threshold 0.5 street.jpg
 
@@ -18,28 +24,48 @@ A folder stands for the images directly in it. OUT gets detections.json, a COCO 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders of them")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights of a detector, official or ours")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="RUN_OR_FILE",
+        help="run directory, or weights, official or ours",
+    )
     parser.add_argument("--model", metavar="NAME", help="its backbone (default: the VMamba that the weights fit)")
     parser.add_argument(
-        "--categories", metavar="JSON", help="COCO file whose categories it was trained on (default: COCO's own 80)"
+        "--categories",
+        metavar="JSON",
+        help="COCO file with the categories it knows (default: the run's, or COCO's 80)",
     )
     parser.add_argument("--out", default="detections", metavar="DIR", help="folder to write to (default detections)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
     parser.add_argument("--threshold", type=float, default=0.3, metavar="S", help="least score (default 0.3)")
-    parser.add_argument("--max-detections", type=int, default=100, metavar="N", help="an image (default 100)")
-    parser.add_argument("--min-size", type=int, default=800, metavar="PX", help="short side it works at (default 800)")
-    parser.add_argument("--max-size", type=int, default=1333, metavar="PX", help="long side at most (default 1333)")
-    parser.add_argument("--anchor-scale", type=float, default=8.0, metavar="S", help="as it was trained (default 8)")
+    parser.add_argument(
+        "--max-detections", type=int, metavar="N", help="an image (default: as the run was evaluated, or 100)"
+    )
+    add_size_arguments(parser)
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
+
+
+def add_size_arguments(parser: argparse._ActionsContainer) -> None:
+    """What weights do not tell of a detector; a run's checkpoint does."""
+    parser.add_argument("--min-size", type=int, metavar="PX", help="short side it works at (a run's own, or 800)")
+    parser.add_argument("--max-size", type=int, metavar="PX", help="long side at most (a run's own, or 1333)")
+    parser.add_argument("--anchor-scale", type=float, metavar="S", help="as it was trained (a run's own, or 8)")
+
+
+def sizes_from(options: argparse.Namespace) -> dict[str, float]:
+    """The options of `add_size_arguments` that were given, for `mask_rcnn`."""
+    given = {name: getattr(options, name) for name in ("min_size", "max_size", "anchor_scale")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def run(options: argparse.Namespace) -> None:
     from .._devices import check_device
     from .._files import write_aside, write_text
-    from ..analysis import draw_detections
     from ..data import list_images, read_image
-    from ..models.detection import load_detector
+    from ..pictures import draw_detections
     from ..tasks import as_coco, detect
+    from ..training.detected_files import load_trained_detector
 
     if not 0 <= options.threshold < 1:
         raise ValueError(f"--threshold must lie in [0, 1), not {options.threshold}")
@@ -48,16 +74,12 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.overwrite:
         raise FileExistsError(f"{out} exists already: choose another folder with --out or add --overwrite")
-    detector = load_detector(
-        options.checkpoint,
-        options.model,
-        min_size=options.min_size,
-        max_size=options.max_size,
-        anchor_scale=options.anchor_scale,
-        score_threshold=options.threshold,
-        max_detections=options.max_detections,
-    ).to(options.device)
-    categories = _categories(options.categories, detector.classes)
+    changed = sizes_from(options) | {"score_threshold": options.threshold}
+    if options.max_detections is not None:
+        changed["max_detections"] = options.max_detections
+    detector, known, _ = load_trained_detector(options.checkpoint, options.model, **changed)
+    detector.to(options.device)
+    categories = _categories(options.categories, known, detector.classes)
     names = [category.name for category in categories]
 
     out.mkdir(parents=True, exist_ok=True)
@@ -74,17 +96,15 @@ def run(options: argparse.Namespace) -> None:
     print(f"{sum(len(d['labels']) for d in found)} objects in {len(files)} image(s): {out / 'detections.json'}")
 
 
-def _categories(file: str | None, classes: int):
-    from ..data import Category, coco_categories, read_coco
+def _categories(file: str | None, known: Sequence[Category] | None, classes: int) -> Sequence[Category]:
+    from ..data import Category, read_coco
 
     if file is not None:
         categories = read_coco(file).categories
         if len(categories) != classes:
             raise ValueError(f"{file} has {len(categories)} categories, but the detector knows {classes}")
         return categories
-    if classes == 80:
-        return coco_categories()
-    return tuple(Category(number, f"class {number}") for number in range(1, classes + 1))
+    return known or tuple(Category(number, f"class {number}") for number in range(1, classes + 1))
 
 
 def _picture_names(files: list[Path]) -> list[str]:

@@ -1,25 +1,31 @@
-"""Train a classifier. Without options: vmamba_nano on scikit-learn's handwritten digits."""
+"""Train a classifier, a segmentation network or a detector. Without options: vmamba_nano on handwritten digits."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..doctor.watchdog_callback import WatchdogCallback
     from ..training import Config
 
 NAME = "train"
-HELP = "train on the embedded digits or on a folder of images"
+HELP = "train on the embedded digits, or on images with labels, masks or boxes"
 EXAMPLES = """examples:
   vmamba train
   vmamba train --data flowers/ --model vmamba_micro --image-size 96 --epochs 40
   vmamba train --recipe finetune --data flowers/ --weights vssm1_tiny_0230s_ckpt_epoch_264.pth
   torchrun --nproc-per-node 8 -m vmamba train --recipe imagenet --data imagenet/ --out runs/imagenet
+  vmamba train --recipe small_segmentation --data street/ --set segmentation.augment.crop=[352,480]
+  vmamba train --recipe ade20k --dry-run
   vmamba train --config runs/digits-vmamba_nano/config.yaml --set optim.lr=1e-3 --out runs/slower
   vmamba train --resume runs/slower
+  vmamba train --data flowers/ --watchdog 120
 
-A folder of images has one sub-folder per class, or train/ and val/ with one sub-folder per class each.
+A folder of images has one sub-folder per class, or train/ and val/ with one sub-folder per class each; for masks see
+docs/segmentation.md, for boxes docs/detection.md.
 docs/training.md explains every field that --set can change."""
 
 # option -> the config field it is short for
@@ -37,7 +43,7 @@ SHORTHANDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="NAME", help="digits, photos, small, finetune or imagenet")
+    parser.add_argument("--recipe", metavar="NAME", help="a complete config to start from; docs/training.md lists them")
     parser.add_argument(
         "--data", metavar="PATH", help='image folder, zip or tar files, hfds/NAME, or "digits" (the default)'
     )
@@ -58,43 +64,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="print steps, learning rates, time and memory, and train nothing"
     )
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="for --dry-run: processes to plan for (default 1, imagenet 8)"
+        "--processes",
+        type=int,
+        metavar="N",
+        help="for --dry-run: processes to plan for (default 1, of published recipes 8)",
     )
     parser.add_argument(
         "--images-per-second", type=float, metavar="X", help="for --dry-run: measured training speed of a process"
     )
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run; takes no other option")
+    parser.add_argument(
+        "--resume", metavar="RUN_DIR", help="go on with an interrupted run; takes no other option but --watchdog"
+    )
+    parser.add_argument(
+        "--watchdog",
+        type=float,
+        metavar="SECONDS",
+        help="report what hangs when nothing happens for so long, and record memory and utilisation (docs/stuck.md)",
+    )
+    parser.add_argument(
+        "--on-stall",
+        choices=("dump", "stop"),
+        help="for --watchdog: report and go on (dump, the default), or stop, to be resumed",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     from ..training import resume, train
     from ..training.distributed import is_first_process
-    from ..training.run import PART_NAMES
+    from ..training.job import PART_NAMES, percent
 
+    if options.on_stall and options.watchdog is None:
+        raise ValueError("--on-stall says what --watchdog SECONDS does: give both")
+    watch = partial(_watchdog, options) if options.watchdog is not None else tuple
     shorthands = {name: getattr(options, name) for name in SHORTHANDS if getattr(options, name) is not None}
     if options.resume:
         if shorthands or options.config or options.set or options.out or options.recipe or options.dry_run:
             raise ValueError("--resume takes everything from the run directory; leave the other options out")
-        outcome = resume(options.resume)
+        outcome = resume(options.resume, callbacks=watch)
     elif options.dry_run:
         _print_plan(options, _config(options, shorthands))
         return
     else:
-        outcome = train(_config(options, shorthands), options.out)
+        outcome = train(_config(options, shorthands), options.out, callbacks=watch)
     if not is_first_process():
         return
+    (first, title), *others = outcome.figures.items()
     metrics = outcome.metrics
+    more = [f"{shown} {percent(metrics[name])} %" for name, shown in others]
+    more += [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
     samples = " ".join(shlex.quote(str(path)) for path in outcome.sample_images)
+    rows = {**outcome.pictures, "report": outcome.report, "checkpoint": outcome.checkpoint}
     print(
-        f"\n{PART_NAMES[outcome.part]} accuracy {metrics['top1']:.2f} % "
-        f"(top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f}; "
-        f"{outcome.images} images, weights of epoch {outcome.best_epoch}, the best on the validation images)\n"
-        f"confusion matrix  {outcome.confusion_png}\n"
-        f"predictions       {outcome.predictions_png}\n"
-        f"report            {outcome.report}\n"
-        f"checkpoint        {outcome.checkpoint}\n"
-        f"try it:           vmamba predict --checkpoint {shlex.quote(str(outcome.run_dir))} {samples}"
+        f"\n{PART_NAMES[outcome.part]} {title} {percent(metrics[first])} % ({', '.join(more)}; "
+        f"{outcome.images} images, weights of epoch {outcome.best_epoch}, the best on the validation images)"
     )
+    width = max(17, *map(len, rows))
+    for name, path in rows.items():
+        print(f"{name[0].lower() + name[1:]:<{width}} {path}")
+    print(f"{'try it:':<{width}} vmamba {outcome.command} --checkpoint {shlex.quote(str(outcome.run_dir))} {samples}")
+
+
+def _watchdog(options: argparse.Namespace) -> list[WatchdogCallback]:
+    from ..doctor.watchdog_callback import WatchdogCallback
+
+    return [WatchdogCallback(options.watchdog, on_stall=options.on_stall or "dump", resumable=True)]
 
 
 def _config(options: argparse.Namespace, shorthands: dict[str, object]) -> Config:
@@ -115,7 +148,7 @@ def _config(options: argparse.Namespace, shorthands: dict[str, object]) -> Confi
 
 def _print_plan(options: argparse.Namespace, config: Config) -> None:
     from ..training.plan import describe, plan
+    from ..training.recipes import PUBLISHED_PROCESSES
 
-    # the recipe's batch of 1,024 is that of eight GPUs
-    processes = options.processes or (8 if options.recipe == "imagenet" else 1)
+    processes = options.processes or PUBLISHED_PROCESSES.get(options.recipe, 1)
     print(describe(plan(config, processes=processes, rate=options.images_per_second)))

@@ -20,6 +20,7 @@ from .detection import (
     detection_evaluation_transform,
     detection_training_transform,
 )
+from .detection_sources import AnnotatedImages, open_detection
 from .findings import Finding
 from .folder import image_folder, list_images, stratified_split
 from .loading import evaluation_loader, training_loader
@@ -32,6 +33,7 @@ __all__ = [
     "IMAGENET_STD",
     "MULTI_SCALE_CROPS",
     "MULTI_SCALE_SIZES",
+    "AnnotatedImages",
     "Augmentation",
     "Category",
     "CocoAnnotations",
@@ -53,6 +55,7 @@ __all__ = [
     "evaluation_transform",
     "image_folder",
     "list_images",
+    "open_detection",
     "open_labelled",
     "open_source",
     "read_coco",

@@ -55,13 +55,15 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
     accumulate: int = 1,
+    steps: int | None = None,
 ) -> ResumableLoader | MemoryTrainingBatches:
     """Shuffled, augmented batches: images (B, 3, h, w) float32, labels (B,) int64.
 
     From ``workers`` processes, on the CPU; or, with ``in_memory``, decoded once (reduced to ``longest`` pixels) and
-    augmented on ``device``. ``rank``, ``world`` and ``accumulate``: see :func:`~.loading.epoch_order`.
+    augmented on ``device``. ``rank``, ``world``, ``accumulate`` and ``steps``: see :func:`~.loading.epoch_order`.
     """
     share = {"batch_size": batch_size, "seed": seed, "rank": rank, "world": world, "accumulate": accumulate}
+    share["steps"] = steps
     if in_memory:
         return training_batches_in_memory(
             samples, preprocessing, augmentation, device=_augmenting(device), longest=longest, **share

@@ -6,6 +6,7 @@ order, since a detector's class 0 is the background.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import Counter
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from .._extras import require
+from .decoded import DecodedImages
 from .findings import Finding
 from .reading import DAMAGE, read_image
 
@@ -186,6 +188,7 @@ class CocoDataset(Dataset):
                 f"{len(findings)} finding(s) in {coco.file}: {shown}{more}. Repair them, or set on_finding='skip'"
             )
         unusable = {id(entry) for entry, finding in findings if finding.kind != "beyond the image"}
+        self._decoded: DecodedImages | None = None
         self._objects: dict[int, list[dict[str, Any]]] = {}
         for entry in coco.annotations:
             if id(entry) not in unusable and not entry.get("iscrowd"):
@@ -204,9 +207,41 @@ class CocoDataset(Dataset):
         """The ids of the images, in the order of the items."""
         return [entry["id"] for entry in self._entries]
 
+    def file(self, index: int) -> Path:
+        """The image file of an item."""
+        return self.images / self._entries[index]["file_name"]
+
+    def without_masks(self) -> CocoDataset:
+        """The same items without masks: evaluation takes them from the annotations."""
+        other = copy.copy(self)
+        other.masks = False
+        return other
+
+    def load(self) -> None:
+        """Decode all images, and compress all masks to run lengths, so that items come from memory from now on.
+
+        Raises:
+            ValueError: an image is damaged, or there is too little memory.
+        """
+        if self._decoded is not None:
+            return
+        shapes = []
+        for i in range(len(self)):
+            with Image.open(self.file(i)) as image:
+                shapes.append((3, image.height, image.width))
+        self._decoded = DecodedImages(shapes, lambda i: np.array(read_image(self.file(i))).transpose(2, 0, 1))
+        if self.masks:
+            for entry, (_, *size) in zip(self._entries, shapes, strict=True):
+                objects = self._objects.get(entry["id"], [])
+                self._objects[entry["id"]] = [
+                    one | {"segmentation": segmentation_run_lengths(one["segmentation"], tuple(size))}
+                    for one in objects
+                ]
+
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         entry = self._entries[index]
-        image = tv_tensors.Image(read_image(self.images / entry["file_name"]))
+        pixels = read_image(self.file(index)) if self._decoded is None else self._decoded[index]
+        image = tv_tensors.Image(pixels)
         target = self._target(entry["id"], tuple(image.shape[-2:]))
         return (image, target) if self.transform is None else self.transform(image, target)
 

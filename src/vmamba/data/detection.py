@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
@@ -17,9 +18,13 @@ __all__ = [
     "MULTI_SCALE_CROPS",
     "MULTI_SCALE_SIZES",
     "DetectionAugmentation",
+    "PackedMasks",
     "collate_detection",
+    "collate_packed",
     "detection_evaluation_transform",
     "detection_training_transform",
+    "pack_masks",
+    "unpack_masks",
 ]
 
 Target = dict[str, Tensor]
@@ -100,6 +105,38 @@ def collate_detection(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tens
     """(image, target) pairs -> (images, targets) for a detector: images differ in size, so nothing is stacked."""
     images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
+
+
+class PackedMasks(NamedTuple):
+    """Masks (N, H, W) as bits (N, ceil(H * W / 8)) uint8, the highest bit first, with their ``size`` (H, W).
+
+    Between processes and on the way to a GPU an eighth: 375 cells in 1024 x 1024 pixels are 390 MB as bools.
+    """
+
+    bits: Tensor
+    size: tuple[int, int]
+
+
+def pack_masks(masks: Tensor) -> PackedMasks:
+    """Masks (N, H, W) bool on the CPU as bits."""
+    bits = np.packbits(masks.flatten(1).numpy(), axis=1)
+    return PackedMasks(torch.from_numpy(bits), tuple(masks.shape[1:]))
+
+
+def unpack_masks(packed: PackedMasks) -> Tensor:
+    """The masks (N, H, W) bool again, where the bits are."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.bits.device)
+    flat = ((packed.bits[..., None] >> shifts) & 1).flatten(1).bool()
+    height, width = packed.size
+    return flat[:, : height * width].unflatten(1, (height, width))
+
+
+def collate_packed(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """As :func:`collate_detection`, the masks as :class:`PackedMasks`, which the detection task unpacks."""
+    images, targets = collate_detection(batch)
+    return images, [
+        target | {"masks": pack_masks(target["masks"])} if "masks" in target else target for target in targets
+    ]
 
 
 def _to_tensors() -> list[v2.Transform]:

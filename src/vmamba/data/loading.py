@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,36 +61,59 @@ class EpochOrder(Sampler[tuple[int, int]]):
         return ((self.epoch, int(index)) for index in share[self.skip :])
 
 
+class EndlessOrder(EpochOrder):
+    """Permutations one after another, without end, cut into epochs of ``used`` images, whatever ``length`` is.
+
+    Yields (number of the permutation, index).
+    """
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        first = self.epoch * self.used
+        number, order = -1, np.empty(0, dtype=np.int64)
+        for place in range(first + self.rank + self.skip * self.world, first + self.used, self.world):
+            if place // self.length != number:
+                number = place // self.length
+                order = np.random.default_rng([self.seed, ORDER_STREAM, number]).permutation(self.length)
+            yield number, int(order[place % self.length])
+
+
 def epoch_order(
-    images: int, *, batch_size: int, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1
+    images: int,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+    steps: int | None = None,
 ) -> EpochOrder:
     """The order of so many images for batches of ``batch_size`` in process ``rank`` of ``world``.
 
     A step is ``accumulate`` batches of every process. Images that do not fill a step are left out of the epoch, unless
-    they are all there are.
+    they are all there are. With ``steps`` an epoch is so many steps, and the images go round without end.
     """
     step = batch_size * world * accumulate
+    if steps is not None:
+        return EndlessOrder(images, seed, rank=rank, world=world, used=steps * step)
     return EpochOrder(images, seed, rank=rank, world=world, used=images // step * step or images)
 
 
-class TrainingImages(Dataset):
-    """Augmented samples, taken by (epoch, index).
+class SeededSamples(Dataset):
+    """The items of ``dataset``, taken by (epoch, index), whose randomness follows from the seed and these two.
 
-    The transform draws from the global generators of Python, NumPy and torch. They are seeded for this sample alone
-    and put back afterwards, so a sample looks the same in any process, in any order, and after a resume.
+    Making an item may draw from the global generators of Python, NumPy and torch. They are seeded for it alone and put
+    back afterwards, so an item looks the same in any process, in any order, and after a resume.
     """
 
-    def __init__(self, samples: Samples, transform: Transform, seed: int) -> None:
-        self.samples = samples
-        self.transform = transform
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
-        image, label = self.samples[index]
         python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
         with torch.random.fork_rng(devices=[]):
             seed = derive_seed(self.seed, SAMPLE_STREAM, epoch, index)
@@ -97,14 +121,14 @@ class TrainingImages(Dataset):
             np.random.seed(seed % 2**32)  # noqa: NPY002
             torch.default_generator.manual_seed(seed)
             try:
-                return self.transform(image), label
+                return self.dataset[index]
             finally:
                 random.setstate(python_state)
                 np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-class EvaluationImages(Dataset):
-    """Samples through the evaluation transform."""
+class TransformedImages(Dataset):
+    """Labelled samples with a transform applied to the image."""
 
     def __init__(self, samples: Samples, transform: Transform) -> None:
         self.samples = samples
@@ -138,9 +162,18 @@ class ResumableLoader(DataLoader):
         self.sampler.skip = state["batches"] * self.batch_size
 
 
-def training_loader(
-    samples: Samples,
-    transform: Transform,
+def training_loader(samples: Samples, transform: Transform, **options: Any) -> ResumableLoader:
+    """Shuffled, augmented batches of labelled images; ``options`` as of :func:`resumable_loader`."""
+    return resumable_loader(TransformedImages(samples, transform), **options)
+
+
+def evaluation_loader(samples: Samples, transform: Transform, **options: Any) -> DataLoader:
+    """Batches of labelled images in their own order; ``options`` as of :func:`ordered_loader`."""
+    return ordered_loader(TransformedImages(samples, transform), **options)
+
+
+def resumable_loader(
+    dataset: Dataset,
     *,
     batch_size: int,
     workers: int,
@@ -148,33 +181,42 @@ def training_loader(
     rank: int = 0,
     world: int = 1,
     accumulate: int = 1,
+    steps: int | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> ResumableLoader:
-    """Shuffled batches of ``batch_size`` images for process ``rank`` of ``world``; see :func:`epoch_order`."""
+    """Shuffled batches of ``batch_size`` items for process ``rank`` of ``world``; see :func:`epoch_order`."""
+    share = {"rank": rank, "world": world, "accumulate": accumulate, "steps": steps}
     return ResumableLoader(
-        TrainingImages(samples, transform, seed),
+        SeededSamples(dataset, seed),
         batch_size=batch_size,
-        sampler=epoch_order(
-            len(samples), batch_size=batch_size, seed=seed, rank=rank, world=world, accumulate=accumulate
-        ),
+        sampler=epoch_order(len(dataset), batch_size=batch_size, seed=seed, **share),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_one_thread,
+        collate_fn=collate,
     )
 
 
-def evaluation_loader(
-    samples: Samples, transform: Transform, *, batch_size: int, workers: int, rank: int = 0, world: int = 1
+def ordered_loader(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader:
-    """Batches in the samples' own order, all of them; of several processes each has every ``world``-th sample."""
+    """Batches in the data set's own order, all of it; of several processes each has every ``world``-th item."""
     return DataLoader(
-        EvaluationImages(samples, transform),
+        dataset,
         batch_size=batch_size,
-        sampler=range(rank, len(samples), world),
+        sampler=range(rank, len(dataset), world),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_one_thread,
+        collate_fn=collate,
     )
 
 

@@ -190,6 +190,7 @@ def training_batches_in_memory(
     rank: int = 0,
     world: int = 1,
     accumulate: int = 1,
+    steps: int | None = None,
 ) -> MemoryTrainingBatches:
     """What :func:`~.loading.training_loader` gives, from memory.
 
@@ -197,7 +198,8 @@ def training_batches_in_memory(
         ValueError: see :func:`decode` and :class:`~.batch_augmentation.BatchAugmentation`.
     """
     augment = BatchAugmentation(preprocessing, augmentation, seed=seed, device=torch.device(device))
-    sampler = epoch_order(len(samples), batch_size=batch_size, seed=seed, rank=rank, world=world, accumulate=accumulate)
+    share = {"rank": rank, "world": world, "accumulate": accumulate, "steps": steps}
+    sampler = epoch_order(len(samples), batch_size=batch_size, seed=seed, **share)
     return MemoryTrainingBatches(decode(samples, longest), augment, batch_size=batch_size, sampler=sampler)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,6 @@ def _endless(batches: Any) -> Iterator[Any]:
         epoch += 1
 
 
-def _finish(images: torch.Tensor) -> None:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+def _finish(images: Sequence[torch.Tensor]) -> None:
+    if images[0].is_cuda:
+        torch.cuda.synchronize(images[0].device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from .step import examine
+from .subject import Subject
 from .verdict import Level, Verdict, exit_code
+from .watchdog import StalledTraining, Watchdog
 
-__all__ = ["Level", "Verdict", "exit_code"]
+__all__ = ["Level", "StalledTraining", "Subject", "Verdict", "Watchdog", "examine", "exit_code"]

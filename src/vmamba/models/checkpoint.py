@@ -247,9 +247,12 @@ def _to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     raise ValueError(f"these are no weights of a VMamba, a UPerNet or a detector: {_listed(state)}")
 
 
-def file_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state, in its order, under the names that files have: without the wrapper around a backbone."""
-    state = model.state_dict()
+def file_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's state, in its order, under the names that files have: without the wrapper around a backbone.
+
+    ``state`` is one under the model's own names, in the place of its present one.
+    """
+    state = model.state_dict() if state is None else dict(state)
     for name, module in model.named_modules():
         if isinstance(module, FeatureGetter):
             path = f"{name}." if name else ""

@@ -6,20 +6,17 @@ VMamba (arXiv 2401.10166) uses it: 512 channels, and an auxiliary fully convolut
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from .checkpoint import load_state, read_checkpoint
-from .variants import list_models, recognise_backbone
+from .features import TimmFeatures, create_features
+from .variants import recognise_backbone
 
 __all__ = ["FCNHead", "TimmFeatures", "UPerHead", "UPerNet", "create_upernet", "upernet_from_checkpoint"]
 
@@ -163,32 +160,6 @@ class UPerNet(nn.Module):
         self.backbone.set_grad_checkpointing(enable)
 
 
-class TimmFeatures(nn.Module):
-    """Any `features_only` model of timm made like our backbones: NCHW, and with `norm` a LayerNorm on each feature."""
-
-    def __init__(self, model: nn.Module, norm: bool = True):
-        super().__init__()
-        self.model = model
-        self.feature_info: FeatureInfo = model.feature_info
-        # Swin and others give (B, H, W, C) and say so
-        self.channels_last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
-        channels = self.feature_info.channels()
-        self.norms = nn.ModuleList(LayerNorm2d(c) if norm else nn.Identity() for c in channels)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As the model's own."""
-        # one of timm's wrappers does not pass it on
-        target = self.model if hasattr(self.model, "set_grad_checkpointing") else self.model.model
-        target.set_grad_checkpointing(enable)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        features = self.model(images)
-        if self.channels_last:
-            features = [feature.permute(0, 3, 1, 2) for feature in features]
-        return [norm(feature) for norm, feature in zip(self.norms, features, strict=True)]
-
-
 def create_upernet(
     backbone: str,
     num_classes: int = 150,
@@ -207,29 +178,16 @@ def create_upernet(
         num_classes, channels, auxiliary_channels, dropout: as in `UPerNet`.
         pretrained: start from the backbone's released classification weights.
         out_norm: a LayerNorm on each feature, as the official VMamba, Swin and ConvNeXt have; the same rule for all.
-        backbone_options: for `timm.create_model`: `drop_path_rate`, `in_chans`; `strict_img_size=False` lets timm's
-            Swin take images of any size.
+        backbone_options: for `timm.create_model`: `drop_path_rate`, `in_chans`.
 
     Raises:
         ValueError: if there is no such model, it does not take the options, or it has fewer than four features.
     """
-    if not timm.is_model(backbone):
-        close = difflib.get_close_matches(backbone, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see vmamba.list_models() and timm.list_models()"
-        raise ValueError(f"there is no model {backbone!r}; {hint}")
-    ours = backbone.partition(".")[0] in list_models()
-    if ours:
-        backbone_options["out_norm"] = out_norm
-    try:
-        features = timm.create_model(
-            backbone, pretrained=pretrained, features_only=True, out_indices=STAGES, **backbone_options
-        )
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-        raise ValueError(
-            f"{backbone} gives no {STAGES} features with the options {backbone_options}: {error}"
-        ) from error
+    features = create_features(
+        backbone, out_norm=out_norm, pretrained=pretrained, out_indices=STAGES, **backbone_options
+    )
     return UPerNet(
-        features if ours else TimmFeatures(features, out_norm),
+        features,
         num_classes,
         channels=channels,
         auxiliary_channels=auxiliary_channels,

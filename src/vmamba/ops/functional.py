@@ -235,31 +235,47 @@ def _cascade(
     (forward) and 1 (backward), columns those of 2 and 3. The backward scan's output is added as it comes, not flipped
     back to its pixels: a quirk of the official code that its ablation's weights were trained with, kept for parity.
     """
+    # rows of the image as it lies, then rows of its transpose
+    for routes in (slice(0, 2), slice(2, 4)):
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-5)
+        x = scan_rows_both_ways(x, x_proj_weight, dt_weight, dt_bias, A, D, routes, backend).transpose(1, 2)
+    return x
+
+
+def scan_rows_both_ways(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    routes: slice,
+    backend: str = "auto",
+) -> Tensor:
+    """One half of the cascaded routes: every row (B, H, [W], E) on its own, with the weights of the two routes that
+    `routes` takes out of K. The backward scan's output is added unflipped, see `_cascade`. (B, H, W, E).
+    """
     K, E, R = dt_weight.shape
     N = A.shape[1]
     A, D = A.unflatten(0, (K, E)), D.unflatten(0, (K, E))
-    # rows of the image as it lies, then rows of its transpose
-    for routes in (slice(0, 2), slice(2, 4)):
-        x = F.layer_norm(x, (E,), eps=1e-5)
-        batch, height = x.shape[:2]
-        sequences = x.flatten(0, 1)  # (B*H, W, E)
-        both_ways = (sequences, sequences.flip(1))
-        codes = [F.linear(u, w).split([R, N, N], dim=-1) for u, w in zip(both_ways, x_proj_weight[routes], strict=True)]
-        deltas = [F.linear(code, w) for (code, _, _), w in zip(codes, dt_weight[routes], strict=True)]
-        y = selective_scan(
-            torch.cat(both_ways, dim=-1).transpose(1, 2),
-            torch.cat(deltas, dim=-1).transpose(1, 2),
-            A[routes].flatten(0, 1),
-            torch.stack([B.transpose(1, 2) for _, B, _ in codes], dim=1),
-            torch.stack([C.transpose(1, 2) for _, _, C in codes], dim=1),
-            D[routes].flatten(),
-            delta_bias=dt_bias[routes].flatten(),
-            delta_softplus=True,
-            backend=backend,
-        )
-        merged = y.unflatten(1, (2, E)).sum(1)  # (B*H, E, W)
-        x = merged.unflatten(0, (batch, height)).permute(0, 3, 1, 2)  # (B, W, H, E): columns become rows
-    return x
+    batch, height = x.shape[:2]
+    sequences = x.flatten(0, 1)  # (B*H, W, E)
+    both_ways = (sequences, sequences.flip(1))
+    codes = [F.linear(u, w).split([R, N, N], dim=-1) for u, w in zip(both_ways, x_proj_weight[routes], strict=True)]
+    deltas = [F.linear(code, w) for (code, _, _), w in zip(codes, dt_weight[routes], strict=True)]
+    y = selective_scan(
+        torch.cat(both_ways, dim=-1).transpose(1, 2),
+        torch.cat(deltas, dim=-1).transpose(1, 2),
+        A[routes].flatten(0, 1),
+        torch.stack([B.transpose(1, 2) for _, B, _ in codes], dim=1),
+        torch.stack([C.transpose(1, 2) for _, _, C in codes], dim=1),
+        D[routes].flatten(),
+        delta_bias=dt_bias[routes].flatten(),
+        delta_softplus=True,
+        backend=backend,
+    )
+    merged = y.unflatten(1, (2, E)).sum(1)  # (B*H, E, W)
+    return merged.unflatten(0, (batch, height)).transpose(2, 3)
 
 
 def _grouped(name: str, m: Tensor, batch: int, channels: int, N: int, length: int) -> Tensor:

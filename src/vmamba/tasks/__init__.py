@@ -11,7 +11,7 @@ from .average_precision import (
 )
 from .classification import Classification, ClassificationScores, confusion_matrix, top_k_hits
 from .detection import Detection, DetectionScores, detect
-from .optimisation import make_optimizer, warmup_cosine
+from .optimisation import make_optimizer, warmup_cosine, warmup_polynomial, warmup_steps
 from .segmentation import Segmentation, SegmentationScores, class_accuracy, class_iou
 from .segmentation_inference import (
     ADE20K_MULTI_SCALE,
@@ -20,12 +20,13 @@ from .segmentation_inference import (
     class_scores,
     segment,
 )
-from .task import Scores, Task
+from .task import Chart, Scores, Task
 
 __all__ = [
     "ADE20K_MULTI_SCALE",
     "ADE20K_SINGLE_SCALE",
     "AveragePrecision",
+    "Chart",
     "Classification",
     "ClassificationScores",
     "Detection",
@@ -49,5 +50,7 @@ __all__ = [
     "segment",
     "top_k_hits",
     "warmup_cosine",
+    "warmup_polynomial",
+    "warmup_steps",
     "write_results",
 ]

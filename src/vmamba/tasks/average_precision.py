@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .._extras import require
@@ -76,12 +77,11 @@ def mask_results(
 
     They have no boxes: COCO's tools would then take an object's size from its box, not from its mask.
     """
-    library = require("faster_coco_eval.core.mask", "det")
-    masks = detections["masks"][:, 0].cpu().numpy().astype(np.uint8)
-    encoded = [library.encode(np.asfortranarray(mask)) for mask in masks]
     return [
-        entry | {"segmentation": {"size": list(map(int, runs["size"])), "counts": runs["counts"].decode("ascii")}}
-        for entry, runs in zip(_entries(detections, image_id, categories), encoded, strict=True)
+        entry | {"segmentation": runs}
+        for entry, runs in zip(
+            _entries(detections, image_id, categories), _run_lengths(detections["masks"][:, 0]), strict=True
+        )
     ]
 
 
@@ -253,6 +253,44 @@ def _checked(entry: Mapping[str, Any], key: str, images: set[int], categories: s
     if entry["category_id"] not in categories:
         raise ValueError(f"a result of category {entry['category_id']}, which is not in the list of categories")
     return {name: entry[name] for name in ("image_id", "category_id", "score", key)}
+
+
+def _run_lengths(masks: Tensor) -> list[dict[str, Any]]:
+    """COCO's compressed run lengths of masks (N, H, W) bool.
+
+    Of each mask only the part is looked at that has something in it: 500 cells in 1024 x 1024 pixels took COCO's own
+    encoder, which looks at all pixels of all of them, two seconds.
+    """
+    library = require("faster_coco_eval.core.mask", "det")
+    height, width = masks.shape[1:]
+    # the largest byte: `any` takes five times as long on a CPU
+    (tops, bottoms), (lefts, rights) = (_extents(masks.view(torch.uint8).amax(dim)) for dim in (2, 1))
+    encoded = []
+    for mask, top, bottom, left, right in zip(masks.cpu().numpy(), tops, bottoms, lefts, rights, strict=True):
+        # columns first, each between two zeros
+        part = np.zeros((right - left, bottom - top + 2), dtype=np.int8)
+        part[:, 1:-1] = mask[top:bottom, left:right].T
+        changes = np.diff(part, axis=1)
+        column, start = np.nonzero(changes == 1)
+        _, end = np.nonzero(changes == -1)
+        above = (left + column) * height + top
+        # a run that reaches the bottom may go on at the top of the next column
+        going_on = np.flatnonzero(above[1:] + start[1:] == above[:-1] + end[:-1])
+        starts, ends = np.delete(above + start, going_on + 1), np.delete(above + end, going_on)
+        edges = [0, *np.stack([starts, ends], axis=1).flatten().tolist(), height * width]
+        counts = np.diff(edges).tolist()
+        if len(counts) > 1 and not counts[-1]:
+            counts.pop()
+        runs = library.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        encoded.append({"size": [height, width], "counts": runs["counts"].decode("ascii")})
+    return encoded
+
+
+def _extents(there: Tensor) -> tuple[list[int], list[int]]:
+    """Of each row of (N, L) of 0 and 1 the place of the first 1, and the one after the last; 0 and 0 for zeros."""
+    first = there.argmax(1)
+    after = there.shape[1] - there.flip(1).argmax(1)
+    return first.tolist(), (after * there.amax(1)).tolist()
 
 
 def _entries(

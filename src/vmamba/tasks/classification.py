@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
+
+from .task import Chart
 
 Batch = tuple[Tensor, Tensor]
 
@@ -101,7 +105,15 @@ class Classification:
     cutmix: float = 0.0
     mix_prob: float = 1.0
     mix_switch: float = 0.5
-    metric: str = field(default="top1", init=False)
+
+    metric: ClassVar[str] = "top1"
+    figures: ClassVar[Mapping[str, str]] = {"top1": "accuracy", "top5": "top-5"}
+    chart: ClassVar[Chart] = Chart(
+        "accuracy.png", "Accuracy", "validation images right (%)", {"top1": "top-1", "top5": "top-5"}
+    )
+    loss_axis: ClassVar[str] = "cross-entropy (nats)"
+    trains_at_one_size: ClassVar[bool] = True
+    evaluates_at_one_size: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.classes < 2:

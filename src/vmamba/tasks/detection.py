@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..data import Category, CocoAnnotations
+from ..data.detection import PackedMasks, unpack_masks
 from .average_precision import AveragePrecision, average_precision, box_results, mask_results
+from .task import Chart
 
 __all__ = ["Detection", "DetectionScores", "detect"]
 
@@ -61,7 +63,10 @@ class DetectionScores:
         )
 
     def compute(self) -> dict[str, float]:
-        """`box_ap`, `box_ap50`, `box_ap75`, `box_aps`, `box_apm`, `box_apl` in percent, and `mask_...` likewise."""
+        """`box_ap`, `box_ap50`, `box_ap75`, `box_aps`, `box_apm`, `box_apl` in percent, and `mask_...` likewise.
+
+        There is no "loss": a detector in evaluation gives detections, and its losses are of regions drawn at random.
+        """
         kinds = ("box", "mask") if self._task.masks else ("box",)
         figures: dict[str, float] = {}
         for kind in kinds:
@@ -71,7 +76,7 @@ class DetectionScores:
 
 @dataclass(frozen=True)
 class Detection:
-    """The task: batches are (images, targets) as :func:`vmamba.data.collate_detection` makes them.
+    """The task: batches are (images, targets) as :func:`vmamba.data.collate_detection` makes them, masks packed or not.
 
     Attributes:
         ground_truth: the annotations that scores are measured against.
@@ -88,6 +93,10 @@ class Detection:
     masks: bool = True
     max_dets: int = 100
 
+    loss_axis: ClassVar[str] = "sum of the detector's losses"
+    trains_at_one_size: ClassVar[bool] = False
+    evaluates_at_one_size: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not self.categories:
             raise ValueError("detection needs at least one category")
@@ -99,10 +108,29 @@ class Detection:
         """What marks the best checkpoint: the AP of masks, or of boxes where there are no masks."""
         return "mask_ap" if self.masks else "box_ap"
 
+    @property
+    def figures(self) -> dict[str, str]:
+        """All twelve figures of COCO, or the six of boxes."""
+        names = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "aps": "AP small", "apm": "AP medium", "apl": "AP large"}
+        kinds = ("mask", "box") if self.masks else ("box",)
+        return {f"{kind}_{name}": f"{kind} {shown}" for kind in kinds for name, shown in names.items()}
+
+    @property
+    def chart(self) -> Chart:
+        """AP of masks and boxes."""
+        curves = {name: shown for name, shown in self.figures.items() if name.endswith("_ap")}
+        return Chart("ap.png", "Average precision", "validation (%)", curves)
+
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum of the detector's losses: objectness and boxes of proposals, classes, boxes and masks of regions."""
         images, targets = batch
-        return sum(model(list(images), list(targets)).values())
+        targets = [
+            target | {"masks": unpack_masks(target["masks"])}
+            if isinstance(target.get("masks"), PackedMasks)
+            else target
+            for target in targets
+        ]
+        return sum(model(list(images), targets).values())
 
     def scores(self) -> DetectionScores:
         return DetectionScores(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
@@ -22,6 +23,7 @@ def make_optimizer(
     eps: float | None = None,
     layer_decay: float | None = None,
     decay_ssm: bool = False,
+    decay_vectors: bool = False,
 ) -> torch.optim.Optimizer:
     """A timm optimiser over ``model``; 1-D parameters, biases and ``model.no_weight_decay()`` are not decayed.
 
@@ -29,9 +31,11 @@ def make_optimizer(
         betas, eps: None for the optimiser's own; what an optimiser has no use for is left out, as timm does.
         layer_decay: factor on the learning rate for every layer (of ``model.group_matcher()``) away from the head.
         decay_ssm: decay A_log and dt_bias all the same, as the official code does.
+        decay_vectors: decay 1-D parameters and biases, too, but for those of norms and ``model.no_weight_decay()``, as
+            the official detection and segmentation do.
 
     Raises:
-        ValueError: timm has no optimiser of that name.
+        ValueError: timm has no optimiser of that name, or ``layer_decay`` and ``decay_vectors`` come together.
     """
     if name not in list_optimizers():
         raise ValueError(
@@ -40,8 +44,13 @@ def make_optimizer(
     undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     if decay_ssm:
         undecayed = {name for name in undecayed if name.rpartition(".")[2] not in _OFFICIALLY_DECAYED}
+    if layer_decay is not None and decay_vectors:
+        raise ValueError("decay_vectors does not go with layer_decay, whose groups leave vectors alone: choose one")
     if layer_decay is None:
-        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed)
+        undecayed |= _norm_parameters(model) if decay_vectors else set()
+        groups = param_groups_weight_decay(
+            model, weight_decay, weight_decay_exclude_1d=not decay_vectors, no_weight_decay_list=undecayed
+        )
     else:
         groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay)
         # timm leaves this to its own schedulers; ours multiplies the group's learning rate
@@ -51,6 +60,16 @@ def make_optimizer(
     return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **extra)
 
 
+def _norm_parameters(model: nn.Module) -> set[str]:
+    """The names of the parameters of all norms, batch norms to layer norms, whatever their class is called in full."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
 def warmup_cosine(step: int, *, steps: int, warmup: int, start: float, end: float) -> float:
     """Factor on the base learning rate at optimiser step ``step`` (from 0) of ``steps``.
 
@@ -58,6 +77,27 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, start: float, end: floa
     is reached when all steps are done.
     """
     if step < warmup:
-        return start + (1 - start) * step / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+        return _warming(step, warmup, start)
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * _progress(step, steps, warmup)))
+
+
+def warmup_polynomial(step: int, *, steps: int, warmup: int, start: float, end: float, power: float) -> float:
+    """As :func:`warmup_cosine`, falling as the share of the steps that is left, to the power ``power``."""
+    if step < warmup:
+        return _warming(step, warmup, start)
+    return end + (1 - end) * (1 - _progress(step, steps, warmup)) ** power
+
+
+def warmup_steps(step: int, *, warmup: int, start: float, drops: Sequence[int], gamma: float) -> float:
+    """As :func:`warmup_cosine`, multiplied by ``gamma`` from each of the steps ``drops`` on."""
+    factor = _warming(step, warmup, start) if step < warmup else 1.0
+    return factor * gamma ** sum(step >= drop for drop in drops)
+
+
+def _warming(step: int, warmup: int, start: float) -> float:
+    return start + (1 - start) * step / warmup
+
+
+def _progress(step: int, steps: int, warmup: int) -> float:
+    """Share of the steps after the warm-up that is done."""
+    return min(1.0, (step - warmup) / max(1, steps - warmup))

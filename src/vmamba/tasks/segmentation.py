@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from ..data.segmentation import IGNORED
 from .classification import confusion_matrix
 from .segmentation_inference import SegmentationInference, class_scores
+from .task import Chart
 
 __all__ = [
     "Segmentation",
@@ -116,7 +119,15 @@ class Segmentation:
     classes: int
     auxiliary_weight: float = 0.4
     inference: SegmentationInference | None = None
-    metric: str = field(default="miou", init=False)
+
+    metric: ClassVar[str] = "miou"
+    figures: ClassVar[Mapping[str, str]] = {"miou": "mean IoU", "macc": "mean accuracy", "accuracy": "pixel accuracy"}
+    chart: ClassVar[Chart] = Chart(
+        "iou.png", "Mean IoU", "validation (%)", {"miou": "mean IoU", "macc": "mean accuracy"}
+    )
+    loss_axis: ClassVar[str] = "cross-entropy a pixel (nats)"
+    trains_at_one_size: ClassVar[bool] = True
+    evaluates_at_one_size: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.classes < 2:

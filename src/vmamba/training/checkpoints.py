@@ -13,7 +13,9 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from ..data import Preprocessing
-from ..models import load_checkpoint
+from ..models import create_upernet, load_checkpoint
+from ..models.checkpoint import load_state
+from ..models.detection import mask_rcnn
 
 # the entries of a checkpoint file: the weights to use, and what they belong to. The checkpoint of the last epoch
 # holds the state of optimiser and loops beside them.
@@ -23,17 +25,24 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class About:
-    """What a checkpoint says of its weights; ``averaged``: they are the moving average of training's."""
+    """What a checkpoint says of its weights.
+
+    ``model_kwargs`` are what :func:`make_network` takes beside task and name. ``preprocessing`` is a classifier's, None
+    for other networks, which take images of any size. ``averaged``: they are the moving average of training's.
+    ``category_ids`` are what a detector's classes are called in COCO files.
+    """
 
     model: str
     model_kwargs: dict[str, Any]
     classes: tuple[str, ...]
     display_names: tuple[str, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     config: dict[str, Any]
     epoch: int
     metrics: dict[str, float]
     averaged: bool = False
+    task: str = "classification"
+    category_ids: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -41,7 +50,8 @@ class About:
             **vars(self),
             "classes": list(self.classes),
             "display_names": list(self.display_names),
-            "preprocessing": self.preprocessing.as_dict(),
+            "preprocessing": self.preprocessing and self.preprocessing.as_dict(),
+            "category_ids": list(self.category_ids),
         }
 
     @classmethod
@@ -52,7 +62,9 @@ class About:
             raise ValueError(f"checkpoint format {found!r} is not {FORMAT}: written by another version of vmamba")
         values["classes"] = tuple(values["classes"])
         values["display_names"] = tuple(values["display_names"])
-        values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
+        values["category_ids"] = tuple(values.get("category_ids", ()))
+        if values["preprocessing"] is not None:
+            values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
         return cls(**values)
 
 
@@ -70,6 +82,22 @@ def make_model(name: str, **kwargs: Any) -> nn.Module:
         return timm.create_model(name, **kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot be made with {kwargs}: {error}") from error
+
+
+def make_network(task: str, name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The network that ``task`` trains on model or backbone ``name``.
+
+    ``kwargs`` are those of :func:`make_model`, :func:`vmamba.create_upernet` or
+    :func:`~vmamba.models.detection.mask_rcnn`.
+
+    Raises:
+        ValueError: no model of that name, or it does not take these arguments.
+    """
+    if task == "detection":
+        backbone = {**kwargs.pop("backbone_kwargs", {}), **({"pretrained": True} if pretrained else {})}
+        return mask_rcnn(name, backbone_kwargs=backbone, **kwargs)
+    make = create_upernet if task == "segmentation" else make_model
+    return make(name, **kwargs, **({"pretrained": True} if pretrained else {}))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -112,15 +140,19 @@ def checkpoint_file(run_or_file: str | Path) -> Path:
     raise FileNotFoundError(f"{path} is no run directory: it has no checkpoints/best.ckpt")
 
 
-def load_trained(run_or_file: str | Path, model_name: str | None = None) -> tuple[nn.Module, About]:
+def load_trained(
+    run_or_file: str | Path, model_name: str | None = None, task: str | None = None, **changes: Any
+) -> tuple[nn.Module, About]:
     """The trained model of a run directory or checkpoint file, in evaluation mode on the CPU, and what it knows.
 
-    ``model_name`` is for files that hold bare weights, such as the released ones: they are read with
-    :func:`vmamba.load_checkpoint`, and classes and preprocessing are those timm has for the model.
+    ``model_name`` is for files that hold a classifier's bare weights, such as the released ones: they are read with
+    :func:`vmamba.load_checkpoint`, and classes and preprocessing are those timm has for the model. ``task`` is the one
+    it must be for; None takes any. ``changes`` replace keyword arguments of the network that its weights do not depend
+    on, such as a detector's ``min_size``.
 
     Raises:
         FileNotFoundError: there is no such run or file.
-        ValueError: the file is damaged, holds bare weights and ``model_name`` is None, or is of another model.
+        ValueError: the file is damaged, holds bare weights and ``model_name`` is None, or is of another model or task.
     """
     path = checkpoint_file(run_or_file)
     if model_name is not None:
@@ -131,12 +163,27 @@ def load_trained(run_or_file: str | Path, model_name: str | None = None) -> tupl
             f"{path} does not say which model it holds (no run of this package wrote it): add --model NAME"
         )
     about = About.from_dict(contents[ABOUT])
-    model = make_model(about.model, **about.model_kwargs)
+    if task not in (None, about.task):
+        raise ValueError(f"{path} is of {about.task}, not of {task}")
+    model = make_network(about.task, about.model, **(about.model_kwargs | changes))
     try:
-        model.load_state_dict(contents[WEIGHTS])
-    except RuntimeError as error:
+        load_state(model, contents[WEIGHTS], path)
+    except ValueError as error:
         raise ValueError(f"the weights in {path} do not fit {about.model}: {error}") from error
     return model.eval(), about
+
+
+def about_of(run_or_file: str | Path) -> About | None:
+    """What a run directory or its checkpoint says of itself; None for any other file.
+
+    Raises:
+        FileNotFoundError: there is no such run or file.
+    """
+    path = checkpoint_file(run_or_file)
+    if path.suffix != ".ckpt":
+        return None
+    contents = read_checkpoint(path)
+    return About.from_dict(contents[ABOUT]) if ABOUT in contents else None
 
 
 def _load_bare_weights(path: Path, model_name: str) -> tuple[nn.Module, About]:

@@ -13,15 +13,21 @@ from typing import Any, Literal
 
 import yaml
 
+from ..data.detection import DetectionAugmentation
+from ..data.segmentation import SegmentationAugmentation
 from ..data.sources import DIGITS
 from ..data.transforms import Augmentation
+from ..tasks import ADE20K_SINGLE_SCALE, SegmentationInference
+
+TASKS = ("classification", "segmentation", "detection")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Any model timm can make. ``drop_path`` None is the model's own default; ``kwargs`` go to timm.create_model.
+    """Any model timm can make; in segmentation and detection it is the backbone.
 
-    ``weights`` is a checkpoint file to start from (the head may have another number of classes), or "pretrained" for
+    ``drop_path`` None is the model's own default; ``kwargs`` go to timm.create_model. ``weights`` is a checkpoint file
+    to start from (the head may have another number of classes; a backbone's or a whole network's), or "pretrained" for
     the weights timm knows of.
     """
 
@@ -33,11 +39,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """``source`` is what :func:`~vmamba.data.open_source` takes.
+    """``source`` is what :func:`~vmamba.data.open_source` takes; in segmentation and detection a folder that
+    :func:`~vmamba.data.segmentation.find_segmentation` or :func:`~vmamba.data.open_detection` knows.
 
     ``batch_size`` is that of an optimiser step, over all processes and accumulated passes. ``workers`` is per process;
-    0 loads in the main one. With ``in_memory`` every image is decoded once, reduced to ``memory_size`` pixels (None:
-    not at all), and batches are augmented on the device that trains; ``workers`` then has no meaning.
+    0 loads in the main one. With ``in_memory`` every image is decoded once. In classification it is then reduced to
+    ``memory_size`` pixels (None: not at all), and batches are augmented on the device that trains: ``workers`` has no
+    meaning. In segmentation and detection ``workers`` go on augmenting.
+
+    ``image_size``, ``interpolation``, ``crop_pct``, ``crop_mode`` and ``memory_size`` are of classification alone.
     """
 
     source: str = DIGITS
@@ -56,7 +66,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Training targets: smoothing, and the alphas of mixup and CutMix (0: off).
+    """Training targets of classification: smoothing, and the alphas of mixup and CutMix (0: off).
 
     A batch is mixed with probability ``mix_prob``; where both are on, by CutMix with probability ``mix_switch``.
     """
@@ -69,12 +79,50 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class SegmentationConfig:
+    """A UPerNet and how it is trained and looked at images with; the defaults are the published ones for ADE20K.
+
+    ``channels``, ``auxiliary_channels``, ``dropout`` and ``out_norm``: see :func:`vmamba.create_upernet`.
+    ``auxiliary_weight`` is the share of the auxiliary head's loss.
+    """
+
+    channels: int = 512
+    auxiliary_channels: int = 256
+    dropout: float = 0.1
+    out_norm: bool = True
+    auxiliary_weight: float = 0.4
+    augment: SegmentationAugmentation = field(default_factory=SegmentationAugmentation)
+    inference: SegmentationInference = ADE20K_SINGLE_SCALE
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """A Mask R-CNN and what it is shown; the defaults are the published ones for COCO.
+
+    ``masks`` None: where the data has any; false trains a Faster R-CNN. ``max_detections`` an image are reported and
+    evaluated. The others: see :func:`vmamba.models.detection.mask_rcnn`.
+    """
+
+    masks: bool | None = None
+    channels: int = 256
+    fc_channels: int = 1024
+    out_norm: bool = True
+    anchor_scale: float = 8.0
+    min_size: tuple[int, ...] = (800,)
+    max_size: int = 1333
+    score_threshold: float = 0.05
+    max_detections: int = 100
+    augment: DetectionAugmentation = field(default_factory=DetectionAugmentation)
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """A timm optimiser. ``betas`` and ``eps`` None are its own; ``clip_norm`` 0 turns gradient clipping off.
 
     ``lr`` None scales with the batch: ``lr_base * data.batch_size / lr_base_size``. ``layer_decay`` multiplies the
     learning rate once for every layer away from the head. ``decay_ssm`` decays A_log and dt_bias too, as the official
-    code does; ours leaves them alone, which is what their marks in that code ask for.
+    code does; ours leaves them alone, which is what their marks in that code ask for. ``decay_vectors`` decays biases
+    and all other vectors but those of norms, as the official detection and segmentation do.
     """
 
     name: str = "adamw"
@@ -87,16 +135,44 @@ class OptimConfig:
     clip_norm: float = 5.0
     layer_decay: float | None = None
     decay_ssm: bool = False
+    decay_vectors: bool = False
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Per step: linear warm-up from ``warmup_from * lr``, then half a cosine down to ``decay_to * lr``."""
+    """The length of a run and its learning rate, a function of the optimiser step.
 
-    epochs: int = 30
-    warmup_epochs: float = 2.0
+    A run has so many ``epochs``, or so many ``iterations`` (optimiser steps): the other one is None. With iterations
+    the images come in an endless row of permutations, and what a run calls an epoch is ``validate_every`` iterations
+    (None: all of them), after each of which it validates.
+
+    The rate rises linearly from ``warmup_from * lr`` over ``warmup_epochs`` or ``warmup_iterations`` (the other one is
+    None), and then falls to ``decay_to * lr``: "cosine", half a cosine; "poly", as what is left of the run to the power
+    ``power``. With "steps" it is multiplied by ``gamma`` at each of ``drops``, in epochs or, where the run has them,
+    iterations.
+    """
+
+    epochs: int | None = 30
+    iterations: int | None = None
+    validate_every: int | None = None
+    warmup_epochs: float | None = 2.0
+    warmup_iterations: int | None = None
     warmup_from: float = 5e-4
+    shape: Literal["cosine", "poly", "steps"] = "cosine"
     decay_to: float = 5e-3
+    power: float = 1.0
+    drops: tuple[int, ...] = ()
+    gamma: float = 0.1
+
+    @property
+    def rounds(self) -> int:
+        """How many epochs a run has, in the run's own sense of the word."""
+        return self.iterations // self.steps_per_round if self.iterations else self.epochs
+
+    @property
+    def steps_per_round(self) -> int | None:
+        """Optimiser steps of an epoch where the run is counted in iterations; None where the data decides."""
+        return (self.validate_every or self.iterations) if self.iterations else None
 
 
 @dataclass(frozen=True)
@@ -128,12 +204,18 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides what a training run computes. Where it is written is no part of it."""
+    """Everything that decides what a training run computes. Where it is written is no part of it.
 
+    ``augment`` and ``loss`` are of classification; ``segmentation`` and ``detection`` of the task of that name.
+    """
+
+    task: Literal["classification", "segmentation", "detection"] = "classification"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     augment: Augmentation = field(default_factory=Augmentation)
     loss: LossConfig = LossConfig()
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     run: RunConfig = RunConfig()
@@ -143,15 +225,21 @@ class Config:
             value = getattr(getattr(self, section), name)
             if value is not None and not holds(value):
                 raise ValueError(f"{section}.{name} must be {condition}, not {value}")
+        _check_schedule(self.schedule)
+        if self.task != "classification":
+            plain = DataConfig()
+            for name, instead in _OF_CLASSIFICATION.items():
+                if getattr(self.data, name) != getattr(plain, name):
+                    raise ValueError(f"data.{name} is of classification, and this is {self.task}: {instead}")
         if self.data.batch_size % self.run.accumulate:
             raise ValueError(
                 f"data.batch_size is the batch of a whole step, so run.accumulate ({self.run.accumulate}) must divide "
                 f"it, and it does not divide {self.data.batch_size}"
             )
-        if self.schedule.epochs % self.run.evaluate_every:
+        if self.schedule.rounds % self.run.evaluate_every:
             raise ValueError(
                 f"run.evaluate_every ({self.run.evaluate_every}) must divide schedule.epochs, so that the last epoch "
-                f"is evaluated, and it does not divide {self.schedule.epochs}"
+                f"is evaluated, and it does not divide {self.schedule.rounds}"
             )
         if self.run.mode == "graphs" and self.run.accumulate > 1:
             raise ValueError(
@@ -168,6 +256,41 @@ class Config:
 
 def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value >= least, f"at least {least}"
+
+
+# sections that only one task has, and fields of `data` that only classification has
+_SECTIONS = {"augment": "classification", "loss": "classification", "segmentation": TASKS[1], "detection": TASKS[2]}
+_SIZES = "segmentation.augment.crop and detection.min_size say how large images are"
+_OF_CLASSIFICATION = {
+    "image_size": _SIZES,
+    "interpolation": "images are resized bilinearly",
+    "crop_pct": _SIZES,
+    "crop_mode": _SIZES,
+    "memory_size": "images are kept as they are",
+}
+
+
+def _check_schedule(schedule: ScheduleConfig) -> None:
+    for one, other in (("epochs", "iterations"), ("warmup_epochs", "warmup_iterations")):
+        if (getattr(schedule, one) is None) == (getattr(schedule, other) is None):
+            raise ValueError(f"of schedule.{one} and schedule.{other} one must be a number and the other null")
+    if schedule.iterations is None:
+        if schedule.validate_every is not None:
+            raise ValueError("schedule.validate_every counts iterations: it needs schedule.iterations")
+    else:
+        if schedule.warmup_epochs is not None:
+            raise ValueError("a run of so many schedule.iterations warms up over schedule.warmup_iterations")
+        if schedule.iterations % schedule.steps_per_round:
+            raise ValueError(
+                f"schedule.validate_every must divide schedule.iterations, and {schedule.validate_every} does not "
+                f"divide {schedule.iterations}"
+            )
+    if schedule.drops and (min(schedule.drops) < 1 or list(schedule.drops) != sorted(set(schedule.drops))):
+        raise ValueError(f"schedule.drops must be positive and rise, not {schedule.drops}")
+    if bool(schedule.drops) != (schedule.shape == "steps"):
+        raise ValueError(
+            f"schedule.drops and schedule.shape=steps go together, not {schedule.drops} and {schedule.shape}"
+        )
 
 
 _POSITIVE = (lambda value: value > 0, "positive")
@@ -190,8 +313,22 @@ _RANGES = (
     ("optim", "clip_norm", *_at_least(0)),
     ("optim", "weight_decay", *_at_least(0)),
     ("optim", "layer_decay", *_UP_TO_1),
+    ("segmentation", "channels", *_at_least(1)),
+    ("segmentation", "auxiliary_channels", *_at_least(1)),
+    ("segmentation", "dropout", *_BELOW_1),
+    ("segmentation", "auxiliary_weight", *_at_least(0)),
+    ("detection", "channels", *_at_least(1)),
+    ("detection", "fc_channels", *_at_least(1)),
+    ("detection", "anchor_scale", *_POSITIVE),
+    ("detection", "score_threshold", *_BELOW_1),
+    ("detection", "max_detections", *_at_least(1)),
     ("schedule", "epochs", *_at_least(1)),
+    ("schedule", "iterations", *_at_least(1)),
+    ("schedule", "validate_every", *_at_least(1)),
     ("schedule", "warmup_epochs", *_at_least(0)),
+    ("schedule", "warmup_iterations", *_at_least(0)),
+    ("schedule", "power", *_POSITIVE),
+    ("schedule", "gamma", *_UP_TO_1),
     ("schedule", "warmup_from", *_SHARE),
     ("schedule", "decay_to", *_SHARE),
     ("run", "ema_decay", *_BELOW_1),
@@ -204,19 +341,29 @@ _RANGES = (
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """A config from nested mappings; what they leave out takes the defaults of the dataclasses."""
+    """A config from nested mappings; what they leave out takes the defaults of the dataclasses.
+
+    Raises:
+        ValueError: an unknown field, one of another task, or a value out of range.
+        TypeError: a value of the wrong type.
+    """
+    task = values.get("task", "classification")
+    for name in values:
+        if name in _SECTIONS and _SECTIONS[name] != task:
+            raise ValueError(f"{name} is a section of {_SECTIONS[name]}, and this is {task}: leave it out")
     return _build(Config, values, "")
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Nested plain dicts, lists and numbers: ``from_dict(as_dict(c)) == c``."""
+    """Nested plain dicts, lists and numbers, without the sections of other tasks: ``from_dict(as_dict(c)) == c``."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
-    return plain(dataclasses.asdict(config))
+    sections = plain(dataclasses.asdict(config))
+    return {name: section for name, section in sections.items() if _SECTIONS.get(name, config.task) == config.task}
 
 
 def to_yaml(config: Config) -> str:
@@ -252,7 +399,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
-        if not equals or "." not in name:
+        if not equals or ("." not in name and name != "task"):
             raise ValueError(f"--set takes SECTION.FIELD=VALUE such as optim.lr=1e-3, not {assignment!r}")
         try:
             value = yaml.safe_load(text)
@@ -299,6 +446,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return None
         return _convert(value, next(arg for arg in args if arg is not type(None)), where)
     if origin is tuple:
+        if len(args) == 2 and args[1] is Ellipsis and isinstance(value, list | tuple):
+            args = (args[0],) * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(args):
             raise TypeError(f"{where} must be a list of {len(args)} values, not {value!r}")
         return tuple(_convert(v, arg, where) for v, arg in zip(value, args, strict=True))

@@ -17,7 +17,7 @@ from .machine import autocast, matrix_precision
 def evaluate(
     model: nn.Module, task: Task, batches: Iterable[Any], device: str = "cpu", precision: str = "fp32"
 ) -> Scores:
-    """The scores of ``model`` on all ``batches`` (tuples of tensors), in evaluation mode.
+    """The scores of ``model`` on all ``batches``, in evaluation mode.
 
     ``precision`` is "fp32", "tf32", or the half precision of autocast: "bf16", "fp16".
     """
@@ -25,8 +25,19 @@ def evaluate(
     scores = task.scores()
     with torch.inference_mode(), matrix_precision(precision), autocast(device, precision):
         for batch in batches:
-            scores.update(model, tuple(part.to(device, non_blocking=True) for part in batch))
+            scores.update(model, to_device(batch, device))
     return scores
+
+
+def to_device(batch: Any, device: str | torch.device) -> Any:
+    """A batch with all its tensors on a device, whatever lists, tuples and dicts they are in."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(part, device) for part in batch)
+    return batch
 
 
 def check_image_size(model: nn.Module, name: str, image_size: tuple[int, int], remedy: str = "") -> None:

@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     """
     check_device(device)
     path = checkpoint_file(checkpoint)
-    model, about = load_trained(path, model_name)
+    model, about = load_trained(path, model_name, task="classification")
     preprocessing = about.preprocessing.at(image_size, crop_pct)
     check_image_size(model, about.model, preprocessing.image_size)
     description, samples = _labelled_samples(about, data)
@@ -90,7 +90,7 @@ def predict_files(
     check_device(device)
     files = list_images(images)
     path = checkpoint_file(checkpoint)
-    model, about = load_trained(path, model_name)
+    model, about = load_trained(path, model_name, task="classification")
     ranked = predict(model, about.preprocessing, files, top_k=top_k, device=device)
     named = tuple(tuple((about.display_names[index], share) for index, share in row) for row in ranked)
     if sheet is not None:

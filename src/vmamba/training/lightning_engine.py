@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,12 @@ def fit(
     val: Iterable[Any],
     machine: Machine,
     resume: Path | None = None,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> None:
     """Train ``module`` to the last epoch; ``resume`` is a last checkpoint to go on from.
 
-    ``train`` and ``val`` are what :func:`~vmamba.data.training_batches` and ``evaluation_batches`` make.
+    ``train`` and ``val`` are what :func:`~vmamba.data.training_batches` and ``evaluation_batches`` make; ``callbacks``
+    are called before ``recorder``.
 
     Raises:
         FloatingPointError: the loss became infinite or NaN.
@@ -53,13 +55,13 @@ def fit(
             devices=world.local_size,
             num_nodes=world.size // world.local_size,
             strategy=_strategy(world, config.run.strategy),
-            max_epochs=config.schedule.epochs,
+            max_epochs=config.schedule.rounds,
             check_val_every_n_epoch=config.run.evaluate_every,
-            # cuDNN tries its convolutions and takes the fastest
-            benchmark=machine.device == "cuda",
+            # cuDNN tries its convolutions and takes the fastest, for every new size of the images
+            benchmark=machine.device == "cuda" and module.task.trains_at_one_size,
             accumulate_grad_batches=config.run.accumulate,
             gradient_clip_val=config.optim.clip_norm or None,
-            callbacks=[recorder],
+            callbacks=[*callbacks, recorder],
             plugins=[
                 AtomicCheckpointIO(),
                 _precision(machine),
@@ -72,6 +74,8 @@ def fit(
             enable_progress_bar=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
+            # batch norms of the statistics of a whole step; torch has none for CPUs
+            sync_batchnorm=world.control is not None and machine.device == "cuda",
             default_root_dir=recorder.run_dir,
         )
         # at every step Lightning tells all GPUs whether SIGTERM came, and waits for them; the recorder uses the CPU

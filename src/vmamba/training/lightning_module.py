@@ -83,6 +83,11 @@ class TaskModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.scores = self.fresh_scores()
+        self._benchmark = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self._benchmark and self.task.evaluates_at_one_size
+        # statistics that every process gathered for itself (batch norms on CPUs): all measure, and keep, the first's
+        for _, model in self.candidates():
+            self.world.copy_from_first(model.buffers())
         batches = self.trainer.num_val_batches[0]
         self._missing = self.world.most(batches) - batches
 
@@ -92,6 +97,7 @@ class TaskModule(pl.LightningModule):
         self._last_batch = batch
 
     def on_validation_epoch_end(self) -> None:
+        torch.backends.cudnn.benchmark = self._benchmark
         if self.config.run.strategy == "fsdp":
             # the others have so many batches more, and to put together the weights they need every process
             for _ in range(self._missing):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from .._files import save_tensors
+from ..models.checkpoint import file_state
 from .checkpoints import ABOUT, WEIGHTS, About
 from .distributed import World
 from .lightning_module import WEIGHTS_PREFIX, TaskModule
@@ -150,20 +151,25 @@ class Recorder(pl.Callback):
         self.last_metrics = {name: row[name] for name in _flat(metrics)}
         self.finished_epochs = epoch
 
-        # small validation sets tie often; the lower loss decides then
+        # small validation sets tie often; the lower loss decides then. A metric is NaN where there is nothing to find
         def rank(m: dict[str, float]) -> tuple[float, float]:
-            return (m[module.task.metric], -m["loss"] if math.isfinite(m["loss"]) else -math.inf)
+            ranks = (m[module.task.metric], -m.get("loss", 0.0))
+            return tuple(value if math.isfinite(value) else -math.inf for value in ranks)
 
         prefix = max(metrics, key=lambda name: rank(metrics[name]))
         improved = not self.best or rank(metrics[prefix]) > rank(self.best["metrics"])
         if improved:
             self.best = {"epoch": epoch, "averaged": prefix == "ema_", "metrics": metrics[prefix]}
         self._write_epoch(trainer, row, improved)
-        shown = "  ".join(f"{name} {row[name]:.2f}" for name in _flat(metrics) if not name.endswith("loss"))
+        losses = [f"{name.replace('_', ' ')} {row[name]:.4f}" for name in ("train_loss", "val_loss") if name in row]
+        own = set(module.task.chart.curves)
+        shown = "  ".join(
+            [*losses, *(f"{name} {row[name]:.2f}" for name in _flat(metrics) if name.removeprefix("ema_") in own)]
+        )
         if self.world.is_first:
             self._progress.print(
-                f"epoch {epoch:>3}/{trainer.max_epochs}  lr {row['lr']:.2e}  train loss {row['train_loss']:.4f}  "
-                f"val loss {row['val_loss']:.4f}  {shown}  {seconds:.1f} s{'  best' if improved else ''}"
+                f"epoch {epoch:>3}/{trainer.max_epochs}  lr {row['lr']:.2e}  {shown}  {seconds:.1f} s"
+                f"{'  best' if improved else ''}"
             )
         if self.world.any(self._stop_asked) and epoch < trainer.max_epochs:
             self._stop(trainer)
@@ -171,7 +177,7 @@ class Recorder(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, module: TaskModule, checkpoint: dict[str, Any]) -> None:
         # shares its storage with Lightning's own copy, so it costs no space
         prefix = "" if module.averaged is None else "ema_"
-        checkpoint[WEIGHTS] = _weights(checkpoint["state_dict"], prefix)
+        checkpoint[WEIGHTS] = _weights(module, checkpoint["state_dict"], prefix)
         metrics = {
             name.removeprefix(prefix).removeprefix("val_"): value
             for name, value in self.last_metrics.items()
@@ -224,7 +230,7 @@ class Recorder(pl.Callback):
             state = trainer.strategy.lightning_module_state_dict()
             averaged = self.best["averaged"]
             best = {
-                WEIGHTS: _weights(state, "ema_" if averaged else ""),
+                WEIGHTS: _weights(trainer.lightning_module, state, "ema_" if averaged else ""),
                 ABOUT: self._describe(self.best["epoch"], self.best["metrics"], averaged),
             }
             if self.world.is_first:
@@ -268,9 +274,11 @@ class Recorder(pl.Callback):
         self._pending.clear()
 
 
-def _weights(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _weights(module: TaskModule, state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """One of a module's sets of weights, under the names that files of weights have."""
     start = WEIGHTS_PREFIX[prefix]
-    return {name.removeprefix(start): tensor for name, tensor in state_dict.items() if name.startswith(start)}
+    own = {name.removeprefix(start): tensor for name, tensor in state_dict.items() if name.startswith(start)}
+    return file_state(module.model, own)
 
 
 def _flat(metrics: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,27 @@ def save_prediction_sheet(
     _save(figure, path)
 
 
+def save_picture_rows(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], path: Path, heading: str) -> None:
+    """Draw pictures in rows, each column under its title."""
+    width = 4.2 * len(titles)
+    height = sum(max(p.height / p.width for p in row) for row in rows) * 4.2 + 0.8
+    figure = _new_figure(width, height)
+    figure.suptitle(heading)
+    grid = figure.subplots(
+        len(rows),
+        len(titles),
+        squeeze=False,
+        gridspec_kw={"height_ratios": [max(p.height / p.width for p in row) for row in rows]},
+    )
+    for number, (axes_row, row) in enumerate(zip(grid, rows, strict=True)):
+        for axes, picture, title in zip(axes_row, row, titles, strict=True):
+            axes.set_axis_off()
+            axes.imshow(picture)
+            if number == 0:
+                axes.set_title(title)
+    _save(figure, path)
+
+
 def save_curves(
     epochs: Sequence[int], curves: dict[str, Sequence[float]], path: Path, ylabel: str, *, log: bool = False
 ) -> None:
@@ -89,6 +111,65 @@ def save_curves(
     if len(curves) > 1:
         axes.legend()
     _save(figure, path)
+
+
+def save_resources(csv_path: Path, path: Path) -> bool:
+    """Draw the history of a watchdog, its ``resources.csv``, over the minutes; shaded where the training stalled.
+
+    False where there is nothing to draw: no file, or no line in it.
+    """
+    if not csv_path.is_file():
+        return False
+    with open(csv_path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        return False
+    minutes = [float(row["seconds"]) / 60 for row in rows]
+    panels = {
+        "host memory (GiB)": {"host_gib": "training", "workers_gib": "its data-loader workers"},
+        "GPU memory (GiB)": {
+            "gpu_allocated_gib": "tensors",
+            "gpu_reserved_gib": "held by torch",
+            "gpu_used_gib": "used, by all processes",
+        },
+        "utilisation (%)": {"cpu_percent": "processor (100 % each)", "gpu_percent": "GPU"},
+    }
+    # the columns of a machine without a GPU are empty
+    shown = {
+        title: {name: label for name, label in columns.items() if any(row[name] for row in rows)}
+        for title, columns in panels.items()
+    }
+    shown = {title: columns for title, columns in shown.items() if columns}
+    figure = _new_figure(7.5, 0.8 + 2.4 * len(shown))
+    for axes, (title, columns) in zip(
+        figure.subplots(len(shown), sharex=True, squeeze=False).flat, shown.items(), strict=True
+    ):
+        for (name, label), (colour, style) in zip(columns.items(), CURVE_STYLES, strict=False):
+            values = [float(row[name] or "nan") for row in rows]
+            axes.plot(minutes, values, style, color=colour, label=label, marker="o" if len(rows) < 3 else None)
+        for start, end in _stalls(rows):
+            axes.axvspan(start / 60, end / 60, color=WRONG, alpha=0.2, linewidth=2, label="stalled")
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+        handles, labels = axes.get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))  # one entry for all stalls
+        axes.legend(once.values(), once.keys(), loc="best")
+    axes.set_xlabel("minutes of training")
+    _save(figure, path)
+    return True
+
+
+def _stalls(rows: Sequence[dict[str, str]]) -> list[tuple[float, float]]:
+    """First and last second of every stall."""
+    found: list[tuple[float, float]] = []
+    before = "0"
+    for row in rows:
+        second = float(row["seconds"])
+        if row["stalled"] == "1":
+            found = [*found[:-1], (found[-1][0], second)] if before == "1" else [*found, (second, second)]
+        before = row["stalled"]
+    return found
 
 
 def _new_figure(width: float, height: float) -> Figure:

@@ -3,58 +3,63 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 from torch import nn
 
 from .. import __version__
 from .._extras import require
 from .._files import write_text
-from ..data import Preprocessing, Splits, check_batches, evaluation_batches, open_source, training_batches
-from ..data.folder import Files
 from ..data.loading import seed_generators
-from ..data.sources import Samples
-from ..models import load_checkpoint
-from ..tasks import Classification, ClassificationScores
-from .checkpoints import About, load_trained, make_model, read_checkpoint
-from .config import Config, as_dict, from_dict, read_yaml, to_yaml
+from ..tasks import Task
+from .checkpoints import About, load_trained, read_checkpoint
+from .config import Config, from_dict, read_yaml, to_yaml
 from .distributed import World, join_world
-from .evaluation import check_image_size, evaluate
+from .evaluation import evaluate
+from .job import PART_NAMES, Job, Share
+from .jobs import open_job
 from .machine import Machine, choose_machine, cpu_threads
-from .report import save_confusion_matrix, save_prediction_sheet
+from .report import save_resources
 
-SHEET_IMAGES = 24
-SAMPLE_IMAGES = 5
-PART_NAMES = {"test": "test", "val": "validation"}
-PRETRAINED = "pretrained"
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
+    # a function, for a callback's class needs Lightning, which `train` says how to install
+    MakeCallbacks = Callable[[], Sequence[Callback]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run has to show. ``part`` says which images the metrics are of: "test" or "val"."""
+    """What a finished run has to show.
+
+    ``part`` says which images the metrics are of: "test" or "val". ``figures`` are the metrics in percent and what they
+    are called, the most important first; ``pictures`` are files of the report by their titles; ``command`` of vmamba
+    takes the checkpoint to other images, such as ``sample_images``.
+    """
 
     run_dir: Path
     part: str
     images: int
     metrics: dict[str, float]
+    figures: Mapping[str, str]
     best_epoch: int
     checkpoint: Path
     report: Path
-    confusion_png: Path
-    predictions_png: Path
+    pictures: dict[str, Path]
     sample_images: tuple[Path, ...]
+    command: str
 
 
-def train(config: Config, run_dir: str | Path | None = None) -> Outcome:
-    """Train a classifier as ``config`` says and write everything of the run under ``run_dir``.
+def train(config: Config, run_dir: str | Path | None = None, *, callbacks: MakeCallbacks = tuple) -> Outcome:
+    """Train a network as ``config`` says and write everything of the run under ``run_dir``.
 
     None is ``runs/DATA-MODEL``, numbered where that is taken. Under torchrun all its processes train one model, the
-    first of them writes, and all return the same.
+    first of them writes, and all return the same. ``callbacks`` makes further callbacks of Lightning; the trainer's
+    ``default_root_dir`` is the run directory.
 
     Raises:
         FileExistsError: ``run_dir`` already holds something.
@@ -65,13 +70,14 @@ def train(config: Config, run_dir: str | Path | None = None) -> Outcome:
     """
     machine = _machine_to_train_on(config)
     with join_world(machine.device) as world:
-        return _start(config, machine, world, _new_run_dir(world, config, run_dir))
+        return _start(config, machine, world, _new_run_dir(world, config, run_dir), callbacks)
 
 
-def resume(run_dir: str | Path) -> Outcome:
+def resume(run_dir: str | Path, *, callbacks: MakeCallbacks = tuple) -> Outcome:
     """Go on with the run in ``run_dir`` from its last checkpoint; the result is that of an uninterrupted run.
 
     A run that was stopped before its first checkpoint starts again, one that was stopped before its report writes it.
+    ``callbacks`` are those of :func:`train`.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -84,30 +90,61 @@ def resume(run_dir: str | Path) -> Outcome:
     last = run_dir / "checkpoints" / "last.ckpt"
     about = About.from_dict(read_checkpoint(last)["vmamba"]) if last.is_file() else None
     if _is_finished(config, about) and (run_dir / "report" / "summary.md").is_file():
-        raise ValueError(f"the run in {run_dir} is finished: it has done its {config.schedule.epochs} epochs")
+        raise ValueError(f"the run in {run_dir} is finished: it has done its {config.schedule.rounds} epochs")
     machine = _machine_to_train_on(config)
     with join_world(machine.device) as world:
-        return _go_on(config, machine, world, run_dir, about)
+        return _go_on(config, machine, world, run_dir, about, callbacks)
 
 
-def _start(config: Config, machine: Machine, world: World, run_dir: Path) -> Outcome:
+@dataclass(frozen=True)
+class StepParts:
+    """What a training step of a run is made of; the batches are those of a pass, on the CPU or, with
+    ``data.in_memory``, on the device that trains."""
+
+    model: nn.Module
+    task: Task
+    batches: Iterable[Any]
+    optimizer: torch.optim.Optimizer
+    machine: Machine
+
+
+def step_parts(config: Config) -> StepParts:
+    """Make what :func:`train` would train with, in one process, and write nothing. The model is on its device.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: data, model or settings do not fit.
+    """
+    from .lightning_module import optimizer_of
+
+    machine = _machine_to_train_on(config)
+    prepared = _prepare(config, machine, World(), weights=True)
+    model = prepared.model.train().to(machine.device)
+    if config.run.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    batches = prepared.job.training_batches(_share(config, World()), machine.device)
+    return StepParts(model, prepared.job.task, batches, optimizer_of(model, config), machine)
+
+
+def _start(config: Config, machine: Machine, world: World, run_dir: Path, callbacks: MakeCallbacks) -> Outcome:
     prepared = _prepare(config, machine, world, weights=True)
     if world.is_first:
         for folder in (run_dir, run_dir / "checkpoints"):
             folder.mkdir(parents=True, exist_ok=True)
-        write_text("".join(f"{name}\n" for name in prepared.splits.classes), run_dir / "classes.txt")
+        write_text("".join(f"{name}\n" for name in prepared.job.classes), run_dir / "classes.txt")
         # last: where it is, there is a run to resume
         write_text(to_yaml(config), run_dir / "config.yaml")
-    return _fit_and_report(config, prepared, run_dir, resume=None)
+    return _fit_and_report(config, prepared, run_dir, callbacks, resume=None)
 
 
-def _go_on(config: Config, machine: Machine, world: World, run_dir: Path, about: About | None) -> Outcome:
+def _go_on(
+    config: Config, machine: Machine, world: World, run_dir: Path, about: About | None, callbacks: MakeCallbacks
+) -> Outcome:
     """``about`` is what the last checkpoint says; None where there is none."""
     prepared = _prepare(config, machine, world, weights=about is None)
-    if about is not None and prepared.splits.classes != about.classes:
+    if about is not None and prepared.job.classes != about.classes:
         raise ValueError(
             f"{config.data.source} has other classes now than when the run in {run_dir} began: "
-            f"{', '.join(sorted(set(prepared.splits.classes) ^ set(about.classes)))}"
+            f"{', '.join(sorted(set(prepared.job.classes) ^ set(about.classes)))}"
         )
     if world.is_first:
         for unfinished in run_dir.rglob(".*.writing-*"):  # of a process that was killed while it wrote
@@ -115,19 +152,11 @@ def _go_on(config: Config, machine: Machine, world: World, run_dir: Path, about:
     if _is_finished(config, about):
         return _report(config, prepared, run_dir)
     last = run_dir / "checkpoints" / "last.ckpt"
-    return _fit_and_report(config, prepared, run_dir, resume=last if about is not None else None)
+    return _fit_and_report(config, prepared, run_dir, callbacks, resume=last if about is not None else None)
 
 
 def _is_finished(config: Config, about: About | None) -> bool:
-    return about is not None and about.epoch >= config.schedule.epochs
-
-
-def preprocessing_of(config: Config) -> Preprocessing:
-    """What a model trained with ``config`` expects of its input."""
-    data = config.data
-    return Preprocessing(
-        (data.image_size, data.image_size), data.interpolation, data.crop_pct, crop_mode=data.crop_mode
-    )
+    return about is not None and about.epoch >= config.schedule.rounds
 
 
 def _machine_to_train_on(config: Config) -> Machine:
@@ -159,10 +188,8 @@ def _new_run_dir(world: World, config: Config, wanted: str | Path | None) -> Pat
 class _Prepared:
     """Everything that can fail because of a user's mistake, made before anything is written."""
 
-    splits: Splits
-    task: Classification
+    job: Job
     model: nn.Module
-    model_kwargs: dict[str, Any]
     machine: Machine
     world: World
 
@@ -170,49 +197,30 @@ class _Prepared:
 def _prepare(config: Config, machine: Machine, world: World, *, weights: bool) -> _Prepared:
     from .lightning_module import optimizer_of
 
-    splits = open_source(
-        config.data.source,
-        val_fraction=config.data.val_fraction,
-        split_seed=config.data.split_seed,
-        on_unreadable=config.data.on_unreadable,
-    )
-    loss = config.loss
-    task = Classification(
-        len(splits.classes), loss.label_smoothing, loss.mixup, loss.cutmix, loss.mix_prob, loss.mix_switch
-    )
-    _check_batch_size(config, world, task, splits)
-    _check_strategy(config, machine, world)
-    check_batches(
-        [splits.train, splits.val],
-        preprocessing_of(config),
-        config.augment,
-        in_memory=config.data.in_memory,
-        longest=config.data.memory_size,
-        processes=world.local_size,
-    )
-    kwargs = {**config.model.kwargs, "num_classes": len(splits.classes)}
-    if config.model.drop_path is not None:
-        kwargs["drop_path_rate"] = config.model.drop_path
+    job = open_job(config)
+    _check_batch_size(config, world, job)
+    _check_strategy(config, machine, world, job)
+    job.check(_share(config, world), machine.device, world.local_size)
     seed_generators(config.run.seed)
-    model = _make_model(config, kwargs, weights)
+    model = job.make_model(weights)
     if config.run.grad_checkpointing and not hasattr(model, "set_grad_checkpointing"):
         raise ValueError(f"{config.model.name} cannot do gradient checkpointing: set run.grad_checkpointing=false")
-    check_image_size(
-        model,
-        config.model.name,
-        preprocessing_of(config).image_size,
-        " (data.image_size; some models need the size in model.kwargs, too)",
-    )
+    job.try_model(model)
     optimizer_of(model, config)
-    return _Prepared(splits, task, model, kwargs, machine, world)
+    return _Prepared(job, model, machine, world)
 
 
-def _pass_size(config: Config, world: World) -> int:
-    """How many images a process takes at once."""
-    return config.data.batch_size // (world.size * config.run.accumulate)
+def _share(config: Config, world: World) -> Share:
+    """How many images a process takes at once, and its place."""
+    return Share(config.data.batch_size // (world.size * config.run.accumulate), world.rank, world.size)
 
 
-def _check_strategy(config: Config, machine: Machine, world: World) -> None:
+def _check_strategy(config: Config, machine: Machine, world: World, job: Job) -> None:
+    if config.run.mode != "eager" and not job.task.trains_at_one_size:
+        raise ValueError(
+            f"run.mode={config.run.mode} needs training images of one size, which {config.task} has not: set "
+            f"run.mode=eager"
+        )
     if config.run.mode == "graphs" and (machine.device != "cuda" or world.size > 1):
         raise ValueError(
             f"run.mode=graphs needs CUDA and a single process, not {machine.device} with {world.size}: "
@@ -222,67 +230,32 @@ def _check_strategy(config: Config, machine: Machine, world: World) -> None:
         raise ValueError("run.strategy=fsdp does not go with fp16, whose scaler looks at whole gradients: use bf16")
 
 
-def _check_batch_size(config: Config, world: World, task: Classification, splits: Splits) -> None:
+def _check_batch_size(config: Config, world: World, job: Job) -> None:
     size, parts = config.data.batch_size, world.size * config.run.accumulate
     if size % parts:
         raise ValueError(
             f"data.batch_size is that of a whole step: {world.size} processes times run.accumulate "
             f"{config.run.accumulate} must divide it, and {parts} does not divide {size}"
         )
-    images = len(splits.train)
-    if task.mixes and (size // parts % 2 or images < size):
-        raise ValueError(
-            f"mixup and CutMix need an even number of images in a pass and a data.batch_size of at most the {images} "
-            f"training images, not {size}{f' in {parts} passes' if parts > 1 else ''}"
-        )
-    if parts > 1 and images < size:
+    images, val = len(job.parts["train"]), len(job.parts["val"])
+    # an endless row of images fills any step
+    if parts > 1 and images < size and config.schedule.iterations is None:
         raise ValueError(f"data.batch_size {size} is more than the {images} training images: make it smaller")
-    if len(splits.val) < world.size:
-        raise ValueError(f"{len(splits.val)} validation images are too few for {world.size} processes")
+    if val < world.size:
+        raise ValueError(f"{val} validation images are too few for {world.size} processes")
 
 
-def _make_model(config: Config, kwargs: dict[str, Any], weights: bool) -> nn.Module:
-    name, source = config.model.name, config.model.weights if weights else None
-    if source == PRETRAINED:
-        if timm.is_model(name) and not timm.models.is_model_pretrained(name):
-            raise ValueError(f"there are no pretrained weights of {name}: name a file in model.weights (--weights)")
-        return make_model(name, pretrained=True, **kwargs)
-    model = make_model(name, **kwargs)
-    if source is not None:
-        load_checkpoint(model, source, new_head=True)
-    return model
-
-
-def _fit_and_report(config: Config, prepared: _Prepared, run_dir: Path, resume: Path | None) -> Outcome:
+def _fit_and_report(
+    config: Config, prepared: _Prepared, run_dir: Path, callbacks: MakeCallbacks, resume: Path | None
+) -> Outcome:
     from .lightning_engine import fit
     from .lightning_module import TaskModule
     from .recorder import Recorder
 
-    splits, data, world = prepared.splits, config.data, prepared.world
-    preprocessing = preprocessing_of(config)
-    share = {"rank": world.rank, "world": world.size, "batch_size": _pass_size(config, world), "workers": data.workers}
-    placing = {"in_memory": data.in_memory, "device": prepared.machine.device}
-    train_batches = training_batches(
-        splits.train,
-        preprocessing,
-        config.augment,
-        seed=config.run.seed,
-        longest=data.memory_size,
-        accumulate=config.run.accumulate,
-        **share,
-        **placing,
-    )
-    val_batches = evaluation_batches(splits.val, preprocessing, **share, **placing)
-    about = About(
-        model=config.model.name,
-        model_kwargs=prepared.model_kwargs,
-        classes=splits.classes,
-        display_names=splits.display_names,
-        preprocessing=preprocessing,
-        config=as_dict(config),
-        epoch=0,
-        metrics={},
-    )
+    job, world, device = prepared.job, prepared.world, prepared.machine.device
+    share = _share(config, world)
+    train_batches = job.training_batches(share, device)
+    val_batches = job.evaluation_batches("val", share, device)
     finished = step = 0
     if resume is not None:
         checkpoint = read_checkpoint(resume)
@@ -290,31 +263,35 @@ def _fit_and_report(config: Config, prepared: _Prepared, run_dir: Path, resume: 
     if world.is_first:
         print(_describe(config, prepared, finished, step), f"run directory: {run_dir}", sep="\n", flush=True)
     with cpu_threads(config.run.threads):
-        module = TaskModule(
-            prepared.model.train(), prepared.task, config, len(train_batches) // config.run.accumulate, world
-        )
+        steps_per_epoch = len(train_batches) // config.run.accumulate
+        module = TaskModule(prepared.model.train(), job.task, config, steps_per_epoch, world)
+        images_per_step = config.data.batch_size
+        if config.schedule.iterations is None:
+            images_per_step = min(images_per_step, len(job.parts["train"]))
         recorder = Recorder(
             run_dir,
-            about,
+            job.fresh_about(),
             machine=prepared.machine,
             world=world,
-            images_per_step=min(data.batch_size, len(splits.train)),
+            images_per_step=images_per_step,
             finished_epochs=finished,
         )
-        fit(module, recorder, train_batches, val_batches, prepared.machine, resume)
+        fit(module, recorder, train_batches, val_batches, prepared.machine, resume, callbacks())
         return _report(config, prepared, run_dir)
 
 
 def _describe(config: Config, prepared: _Prepared, finished: int, step: int) -> str:
-    splits, world = prepared.splits, prepared.world
+    job, world = prepared.job, prepared.world
     parameters = sum(p.numel() for p in prepared.model.parameters())
-    test = f", {len(splits.test)} test images" if splits.test else ""
+    test = f", {len(job.parts['test'])} test images" if "test" in job.parts else ""
     processes = f" x {world.size} processes" if world.size > 1 else ""
     resumed = f", resumed in epoch {finished + 1} after step {step}" if step else ""
+    schedule = config.schedule
+    length = f"{schedule.iterations:,} iterations" if schedule.iterations else f"{schedule.epochs} epochs"
     return (
         f"vmamba {__version__}: {config.model.name} ({parameters / 1e6:.2f} M parameters) on {config.data.source}, "
-        f"{len(splits.classes)} classes, {len(splits.train)} training and {len(splits.val)} validation images{test}; "
-        f"{config.data.image_size} px, {config.schedule.epochs} epochs, {prepared.machine.device}{processes}, "
+        f"{len(job.classes)} classes, {len(job.parts['train'])} training and {len(job.parts['val'])} validation "
+        f"images{test}; {job.size_in_words}, {length}, {prepared.machine.device}{processes}, "
         f"{prepared.machine.precision}{resumed}"
     )
 
@@ -328,46 +305,46 @@ def _report(config: Config, prepared: _Prepared, run_dir: Path) -> Outcome:
 def _write_report(config: Config, prepared: _Prepared, run_dir: Path) -> Outcome:
     from .summary import write_report
 
-    splits, machine = prepared.splits, prepared.machine
-    part, samples = ("test", splits.test) if splits.test is not None else ("val", splits.val)
+    job, machine = prepared.job, prepared.machine
+    part = "test" if "test" in job.parts else "val"
     checkpoint = run_dir / "checkpoints" / "best.ckpt"
     model, about = load_trained(checkpoint)
-    batches = evaluation_batches(
-        samples,
-        about.preprocessing,
-        batch_size=_pass_size(config, prepared.world),
-        workers=config.data.workers,
-    )
-    scores = evaluate(model, prepared.task, batches, machine.device, machine.precision)
+    task = job.task_of(part)
+    batches = job.evaluation_batches(part, Share(_share(config, prepared.world).batch_size))
+    scores = evaluate(model, task, batches, machine.device, machine.precision)
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
-    confusion_png, predictions_png = folder / "confusion_matrix.png", folder / "predictions.png"
-    save_confusion_matrix(scores.confusion(), splits.display_names, confusion_png)
-    _draw_predictions(samples, scores, splits.display_names, PART_NAMES[part], predictions_png)
+    pictures = job.draw(part, scores, model, folder)
+    resources = folder / "resources.png"
+    if save_resources(run_dir / "resources.csv", resources):  # of a watchdog
+        pictures["Memory and utilisation"] = resources
     metrics = scores.compute()
     report = write_report(
         folder,
         config,
+        task,
         metrics_csv=run_dir / "metrics.csv",
         result=metrics,
         result_of=PART_NAMES[part],
-        images=len(samples),
+        images=len(job.parts[part]),
         best_epoch=about.epoch,
         averaged=about.averaged,
         hardware=_hardware(machine, prepared.world),
-        pictures={confusion_png.name: "Confusion matrix", predictions_png.name: "Predictions"},
+        pictures={path.name: title for title, path in pictures.items()},
+        table=job.table(scores),
     )
     return Outcome(
         run_dir=run_dir,
         part=part,
-        images=len(samples),
+        images=len(job.parts[part]),
         metrics=metrics,
+        figures=task.figures,
         best_epoch=about.epoch,
         checkpoint=checkpoint,
         report=report,
-        confusion_png=confusion_png,
-        predictions_png=predictions_png,
-        sample_images=_sample_images(samples, run_dir),
+        pictures=pictures,
+        sample_images=job.image_files(part, run_dir),
+        command=job.command,
     )
 
 
@@ -378,44 +355,3 @@ def _hardware(machine: Machine, world: World) -> str:
         threads = torch.get_num_threads()
         where = f"{machine.device} ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
     return f"{f'{world.size} x ' if world.size > 1 else ''}{where}, {machine.precision}"
-
-
-def _draw_predictions(
-    samples: Samples, scores: ClassificationScores, names: tuple[str, ...], wording: str, path: Path
-) -> None:
-    """Up to half the sheet are wrong predictions, the rest right ones; both spread evenly over the data set."""
-    labels, predicted = scores.labels, scores.predicted
-    wrong = (labels != predicted).nonzero().flatten().tolist()
-    right = (labels == predicted).nonzero().flatten().tolist()
-    wrong_wanted = min(len(wrong), max(SHEET_IMAGES // 2, SHEET_IMAGES - len(right)))
-    right_wanted = min(len(right), SHEET_IMAGES - wrong_wanted)
-    shown = _spread(wrong, wrong_wanted) + _spread(right, right_wanted)
-    save_prediction_sheet(
-        [samples[i][0] for i in shown],
-        [
-            f"{names[predicted[i]]}" if predicted[i] == labels[i] else f"{names[predicted[i]]}, true {names[labels[i]]}"
-            for i in shown
-        ],
-        [bool(predicted[i] == labels[i]) for i in shown],
-        path,
-        f"{len(wrong)} of {len(samples)} {wording} images wrong; {wrong_wanted} of them shown, then right ones",
-    )
-
-
-def _sample_images(samples: Samples, run_dir: Path) -> tuple[Path, ...]:
-    """A few image files to try ``vmamba predict`` on; images that are no files yet are written into the run."""
-    chosen = _spread(range(len(samples)), min(SAMPLE_IMAGES, len(samples)))
-    if isinstance(samples, Files):
-        return tuple(samples.path(i) for i in chosen)
-    folder = run_dir / "samples"
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for i in chosen:
-        image, label = samples[i]
-        paths.append(folder / f"{samples.classes[label]}_{i}.png")
-        image.save(paths[-1])
-    return tuple(paths)
-
-
-def _spread(items: Sequence[int], count: int) -> list[int]:
-    return [items[i * len(items) // count] for i in range(count)]

@@ -12,38 +12,20 @@ import torch
 
 from .. import __version__
 from .._files import write_text
+from ..tasks import Chart, Task
 from .config import Config
+from .job import percent
 from .metrics_file import MetricsFile
 from .progress import duration
 from .report import save_curves
 
-# file -> (what it shows, its unit, the columns of metrics.csv and their names, whether on a logarithmic axis)
-CURVES = {
-    "loss.png": (
-        "Loss",
-        "cross-entropy (nats)",
-        {"train_loss": "training", "val_loss": "validation", "ema_val_loss": "validation, averaged weights"},
-        False,
-    ),
-    "accuracy.png": (
-        "Accuracy",
-        "validation images right (%)",
-        {
-            "top1": "top-1",
-            "ema_top1": "top-1, averaged weights",
-            "top5": "top-5",
-            "ema_top5": "top-5, averaged weights",
-        },
-        False,
-    ),
-    "learning_rate.png": ("Learning rate", "learning rate at the end of the epoch", {"lr": "lr"}, True),
-    "speed.png": ("Speed", "training images per second", {"img/s": "img/s"}, False),
-}
+RATE = {"lr": "lr"}
 
 
 def write_report(
     folder: Path,
     config: Config,
+    task: Task,
     *,
     metrics_csv: Path,
     result: dict[str, float],
@@ -53,25 +35,28 @@ def write_report(
     averaged: bool,
     hardware: str,
     pictures: dict[str, str],
+    table: list[str],
 ) -> Path:
     """Draw the curves of ``metrics_csv`` into ``folder`` and write ``summary.md`` there; returns its path.
 
     ``result`` are the metrics of the weights kept on ``images`` images called ``result_of``; ``pictures`` are files
-    already in ``folder`` and what they show.
+    already in ``folder`` and what they show; ``table`` are lines of Markdown about the single classes.
     """
-    rows = MetricsFile(metrics_csv, keep=config.schedule.epochs).rows
+    rounds = config.schedule.rounds
+    rows = MetricsFile(metrics_csv, keep=rounds).rows
     epochs = [int(row["epoch"]) for row in rows]
     drawn: dict[str, str] = {}
-    for name, (title, unit, columns, log) in CURVES.items():
-        curves = {label: _column(rows, column) for column, label in columns.items() if column in rows[0]}
-        save_curves(epochs, curves, folder / name, unit, log=log)
-        drawn[name] = title
+    for chart in _charts(task):
+        curves = {label: _column(rows, column) for column, label in chart.curves.items() if column in rows[0]}
+        save_curves(epochs, curves, folder / chart.file, chart.axis, log=chart.curves == RATE)
+        drawn[chart.file] = chart.title
     seconds = sum(_column(rows, "seconds"))
+    first, *others = task.figures
     facts = {
-        f"top-1 on the {images:,} {result_of} images": f"{result['top1']:.2f} %",
-        "top-5": f"{result['top5']:.2f} %",
-        "loss": f"{result['loss']:.4f}",
-        "weights": f"epoch {best_epoch} of {config.schedule.epochs}, "
+        f"{task.figures[first]} on the {images:,} {result_of} images": f"{percent(result[first])} %",
+        **{task.figures[name]: f"{percent(result[name])} %" for name in others},
+        **({"loss": f"{result['loss']:.4f}"} if "loss" in result else {}),
+        "weights": f"epoch {best_epoch} of {rounds}, "
         f"{'their moving average' if averaged else 'as trained'}, the best on the validation images",
         "time": f"{duration(seconds)} for {len(rows)} epochs, validation included",
         "speed": f"{statistics.median(_column(rows, 'img/s')):.1f} training images/s (median of the epochs)",
@@ -86,9 +71,28 @@ def write_report(
     lines += ["", "All settings: [config.yaml](../config.yaml); all figures: [metrics.csv](../metrics.csv).", ""]
     for name, title in (drawn | pictures).items():
         lines += [f"## {title}", "", f"![{title}]({name})", ""]
+    if table:
+        lines += ["## Classes", "", *table, ""]
     path = folder / "summary.md"
     write_text("\n".join(lines), path)
     return path
+
+
+def _charts(task: Task) -> list[Chart]:
+    """The curves of a report; those that a run has not are left out."""
+    losses = {"train_loss": "training", "val_loss": "validation", "ema_val_loss": "validation, averaged weights"}
+    own = task.chart.curves
+    shown = {
+        prefix + name: label + ending
+        for name, label in own.items()
+        for prefix, ending in (("", ""), ("ema_", ", averaged weights"))
+    }
+    return [
+        Chart("loss.png", "Loss", task.loss_axis, losses),
+        task.chart._replace(curves=shown),
+        Chart("learning_rate.png", "Learning rate", "learning rate at the end of the epoch", RATE),
+        Chart("speed.png", "Speed", "training images per second", {"img/s": "img/s"}),
+    ]
 
 
 def _column(rows: list[dict[str, str]], name: str) -> list[float]:

@@ -1,9 +1,9 @@
 """Data for semantic segmentation: images with a mask each, found, checked, augmented."""
 
 from ..findings import Finding
-from .check import check_segmentation
+from .check import check_segmentation, without_unusable
 from .classes import ADE20K_CLASSES, CAMVID_CLASSES
-from .masks import IGNORED, LabelMap, MaskedImages, read_index_mask
+from .masks import IGNORED, LabelMap, MaskedImages, MasksInMemory, read_index_mask
 from .sources import Part, SegmentationSource, SegmentationSplits, find_segmentation, open_segmentation
 from .transforms import (
     SegmentationAugmentation,
@@ -20,6 +20,7 @@ __all__ = [
     "Finding",
     "LabelMap",
     "MaskedImages",
+    "MasksInMemory",
     "Part",
     "SegmentationAugmentation",
     "SegmentationSource",
@@ -32,4 +33,5 @@ __all__ = [
     "read_index_mask",
     "segmentation_evaluation_transform",
     "segmentation_training_transform",
+    "without_unusable",
 ]

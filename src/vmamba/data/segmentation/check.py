@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from PIL import Image
+
 from ..findings import Finding
-from ..reading import read_image
-from .masks import LabelMap, mask_problem, read_index_mask
+from ..reading import DAMAGE, read_image
+from .masks import LabelMap, MaskedImages, mask_problem, read_index_mask
 from .sources import SegmentationSource, find_segmentation, pair_files
+
+NAMED = 20  # findings in a message
+
+logger = logging.getLogger("vmamba.data")
 
 
 def check_segmentation(source: str | Path | SegmentationSource) -> list[Finding]:
@@ -38,6 +45,46 @@ def check_segmentation(source: str | Path | SegmentationSource) -> list[Finding]
             checked = pool.map(_check_pair, pairs.images, pairs.masks, [source.labels] * len(pairs.images))
             findings += [finding for finding in checked if finding is not None]
     return findings
+
+
+def without_unusable(samples: MaskedImages, on_unreadable: str) -> MaskedImages:
+    """The samples that training can use, once they are checked before it starts.
+
+    With "error" the headers of all files are read; what only the pixels tell (a damaged end, an unknown label) is for
+    :func:`check_segmentation`. With "skip" everything is read, and what is of no use is left out and logged.
+
+    Raises:
+        ValueError: with "error", files that cannot be read or masks of another size than their image; with "skip",
+            nothing is left. Names the files.
+    """
+    check = _check_pair if on_unreadable == "skip" else _check_headers
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(check, samples.images, samples.masks, [samples.labels] * len(samples)))
+    findings = [finding for finding in found if finding is not None]
+    if not findings:
+        return samples
+    shown = "; ".join(map(str, findings[:NAMED])) + ("; ..." if len(findings) > NAMED else "")
+    kept = [i for i, finding in enumerate(found) if finding is None]
+    if on_unreadable == "error" or not kept:
+        raise ValueError(
+            f"{len(findings)} image(s) or mask(s) cannot be used: {shown}. `vmamba data check --task segmentation` "
+            f"names all; data.on_unreadable=skip leaves them out"
+        )
+    logger.warning("%d image(s) or mask(s) cannot be used and are left out: %s", len(findings), shown)
+    return samples.subset(kept)
+
+
+def _check_headers(image: Path, mask: Path, labels: LabelMap) -> Finding | None:
+    sizes = []
+    for kind, path in (("unreadable image", image), ("unreadable mask", mask)):
+        try:
+            with Image.open(path) as opened:
+                sizes.append(opened.size)
+        except DAMAGE as error:
+            return Finding(kind, path, f"cannot be read: {error}")
+    if sizes[0] != sizes[1]:
+        return Finding("other size", mask, "is {}x{} pixels, its image {} is {}x{}".format(*sizes[1], image, *sizes[0]))
+    return None
 
 
 def _check_pair(image: Path, mask: Path, labels: LabelMap) -> Finding | None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from ..decoded import DecodedImages
 from ..reading import DAMAGE, read_image
 
 IGNORED = 255  # the label of pixels that nothing is learnt from and that no metric counts
@@ -93,6 +95,39 @@ class MaskedImages:
         """The images at ``indices``, in that order."""
         images, masks = (tuple(files[i] for i in indices) for files in (self.images, self.masks))
         return MaskedImages(self.classes, self.labels, images, masks)
+
+
+class MasksInMemory:
+    """Masked images, decoded once; item ``i`` is (image (3, H, W) uint8, classes (H, W) uint8), both tensors.
+
+    Raises:
+        ValueError: a file is damaged, or a mask does not fit its image, naming the file; or there is too little memory.
+    """
+
+    def __init__(self, samples: MaskedImages) -> None:
+        # a mask is a fourth channel, so that a pair is decoded in one go
+        self._pairs = DecodedImages([(4, *_size_of(path)) for path in samples.images], lambda i: _stacked(samples[i]))
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        pair = self._pairs[index]
+        return pair[:3], pair[3]
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    """Height and width of an image file, from its header."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except DAMAGE as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def _stacked(pair: tuple[Image.Image, np.ndarray]) -> np.ndarray:
+    image, mask = pair
+    return np.concatenate([np.asarray(image).transpose(2, 0, 1), mask[None]])
 
 
 def mask_problem(raw: np.ndarray, labels: LabelMap, image_size: tuple[int, int], image: Path) -> tuple[str, str] | None:

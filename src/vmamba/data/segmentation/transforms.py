@@ -16,9 +16,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..constants import IMAGENET_MEAN, IMAGENET_STD
-from .masks import IGNORED, MaskedImages
+from .masks import IGNORED, MaskedImages, MasksInMemory
 
-PairTransform = Callable[[Image.Image, np.ndarray], tuple[Tensor, Tensor]]
+# images as Pillow's or as (3, H, W) uint8 tensors
+PairTransform = Callable[[Image.Image | Tensor, np.ndarray | Tensor], tuple[Tensor, Tensor]]
 
 CROP_TRIES = 10
 
@@ -186,7 +187,7 @@ def segmentation_training_transform(
     Draws from torch's global random generator.
     """
     chosen = augmentation or SegmentationAugmentation()
-    return _on_pairs(
+    return _OnPairs(
         RandomRatioResize(chosen.base_size, chosen.ratio, chosen.antialias),
         ClassBalancedCrop(chosen.crop, chosen.class_share),
         v2.RandomHorizontalFlip(chosen.flip),
@@ -201,26 +202,27 @@ def segmentation_evaluation_transform(
     mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> PairTransform:
     """Normalise alone: (image, mask) of any size -> (3, H, W) fp32 and (H, W) int64. Resizing is inference's."""
-    return _on_pairs(
+    return _OnPairs(
         v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
         v2.Normalize(list(mean), list(std)),
     )
 
 
-def _on_pairs(*transforms: v2.Transform) -> PairTransform:
-    together = v2.Compose(transforms)
+class _OnPairs:
+    """Transforms of torchvision on an image and its mask; an object, so that it can be sent to worker processes."""
 
-    def apply(image: Image.Image, mask: np.ndarray) -> tuple[Tensor, Tensor]:
-        image, mask = together(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(mask)))
+    def __init__(self, *transforms: v2.Transform) -> None:
+        self.together = v2.Compose(transforms)
+
+    def __call__(self, image: Image.Image | Tensor, mask: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+        image, mask = self.together(tv_tensors.Image(image), tv_tensors.Mask(torch.as_tensor(mask)))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor).long()
-
-    return apply
 
 
 class TransformedMasks(Dataset):
     """Masked images through a transform, for a ``DataLoader``: (image, mask) tensors."""
 
-    def __init__(self, samples: MaskedImages, transform: PairTransform):
+    def __init__(self, samples: MaskedImages | MasksInMemory, transform: PairTransform):
         self.samples, self.transform = samples, transform
 
     def __len__(self) -> int:

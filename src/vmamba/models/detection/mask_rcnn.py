@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
@@ -15,7 +15,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ..variants import list_models
+from ..features import create_features
 from .parts import (
     DetectionTransform,
     PyramidAnchors,
@@ -94,6 +94,16 @@ class MaskRCNN(GeneralizedRCNN):
             self._check_targets(targets, len(images))
         return super().forward(images, targets)
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's parameters that weight decay should leave alone, under this network's names."""
+        return {f"backbone.body.{name}" for name in getattr(self.backbone.body, "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
+        self.backbone.body.set_grad_checkpointing(enable)
+
     def _check_targets(self, targets: Sequence[Mapping[str, Tensor]] | None, images: int) -> None:
         if targets is None or len(targets) != images:
             raise ValueError(f"training needs a target for every image: {images} images, {len(targets or ())} targets")
@@ -124,13 +134,13 @@ def mask_rcnn(
     max_size: int = 1333,
     score_threshold: float = 0.05,
     max_detections: int = 100,
+    out_norm: bool = True,
     backbone_kwargs: Mapping[str, Any] | None = None,
 ) -> MaskRCNN:
     """Mask R-CNN as the official VMamba detectors are, with random weights where none are asked for.
 
     Args:
-        backbone: a name that timm knows, or a module that gives a list of features and has timm's `feature_info`. A
-            VMamba made by name has a norm on every feature, as the official detectors have.
+        backbone: a name that timm knows, or a module that gives a list of features and has timm's `feature_info`.
         classes: number of object classes; the background does not count.
         masks: False for a detector of boxes alone (Faster R-CNN).
         channels: of the pyramid and the convolutions on it. fc_channels: of the box head's two layers.
@@ -138,6 +148,8 @@ def mask_rcnn(
         min_size, max_size: pixels of the short side and at most of the long side that the detector works at; several
             `min_size` are drawn from in training, and the last one is evaluated at.
         score_threshold, max_detections: what is reported, an image.
+        out_norm: a LayerNorm on each feature of a backbone made by name, as the official detectors have on VMamba, Swin
+            and ConvNeXt; the same rule for all.
         backbone_kwargs: for `timm.create_model`, such as `{"pretrained": True}` or `{"drop_path_rate": 0.2}`.
 
     Raises:
@@ -154,7 +166,9 @@ def mask_rcnn(
         _check(not backbone_kwargs, "backbone_kwargs", backbone_kwargs, "left out when backbone is a module")
         body = backbone
     else:
-        body = _timm_body(backbone, dict(backbone_kwargs or {}))
+        body = create_features(
+            backbone, **({"out_norm": out_norm, "least_stride": _FINEST_STRIDE} | dict(backbone_kwargs or {}))
+        )
     pyramid = PyramidBackbone(body, channels)
     strides = pyramid.strides
 
@@ -184,18 +198,6 @@ def mask_rcnn(
     )
     detector.classes = classes
     return detector
-
-
-def _timm_body(name: str, options: dict[str, Any]) -> nn.Module:
-    if not timm.is_model(name):
-        raise ValueError(f"there is no model {name!r}: see `vmamba models` and timm.list_models()")
-    if name.partition(".")[0] in list_models():
-        return timm.create_model(name, features_only=True, **({"out_norm": True} | options))
-    try:
-        # Swin and its relatives take images of any size only when told so; the others do not know the argument
-        return timm.create_model(name, features_only=True, **({"strict_img_size": False} | options))
-    except TypeError:
-        return timm.create_model(name, features_only=True, **options)
 
 
 def _check(fits: bool, name: str, value: object, expected: str) -> None:

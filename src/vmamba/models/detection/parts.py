@@ -325,7 +325,9 @@ class DetectionTransform(GeneralizedRCNNTransform):
             for found, shape, original in zip(result, image_shapes, original_image_sizes, strict=True):
                 found["boxes"] = resize_boxes(found["boxes"], shape, original)
                 if "masks" in found:
-                    found["masks"] = paste_masks(found["masks"][:, 0], found["boxes"], original)[:, None]
+                    # autocast would round the pixels' places and the probabilities to three digits
+                    with torch.autocast(found["masks"].device.type, enabled=False):
+                        found["masks"] = paste_masks(found["masks"][:, 0], found["boxes"], original)[:, None]
         return result
 
 

@@ -23,6 +23,9 @@ _INT32 = 1 << 31
 # what Triton compiles anew for
 _VALUE, _DIVISIBILITY, _NOTHING = range(3)
 
+# of the kernel that was launched last, for whoever wants to know what a GPU is stuck in: one item, 10 ns a launch
+last_launched: list[Kernel | None] = [None]
+
 
 class Kernel:
     """A jitted kernel: `kernel[grid](*runtime_arguments, **constants_and_options)`, as of `triton.JITFunction`.
@@ -43,6 +46,7 @@ class Kernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
+        last_launched[0] = self
         device = args[0].device
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):

@@ -14,7 +14,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .._files import write_aside
 
-__all__ = ["ClassShare", "class_colours", "class_shares", "save_index_mask", "save_legend", "save_overlay"]
+__all__ = [
+    "ClassShare",
+    "class_colours",
+    "class_shares",
+    "draw_overlay",
+    "save_index_mask",
+    "save_legend",
+    "save_overlay",
+]
 
 NAMED_FROM = 0.01  # share of the picture from which a class is named in it
 LEGEND_ROWS = 30  # in a column
@@ -30,7 +38,7 @@ class ClassShare(NamedTuple):
 
 
 def class_shares(mask: np.ndarray, names: Sequence[str]) -> list[ClassShare]:
-    """The classes in a mask (H, W), the largest first."""
+    """The classes in a mask of any shape, the largest first."""
     counts = np.bincount(mask.ravel(), minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     return [ClassShare(int(i), names[i], float(counts[i] / mask.size)) for i in order if counts[i]]
@@ -75,21 +83,22 @@ def save_index_mask(mask: np.ndarray, count: int, path: Path) -> None:
     write_aside(path, lambda aside: image.save(aside, format="PNG"))
 
 
-def save_overlay(photo: Image.Image, mask: np.ndarray, names: Sequence[str], path: Path, opacity: float = 0.55) -> None:
-    """Write the photo under its classes' colours, with borders, and names of the larger classes where there is room.
+def draw_overlay(photo: Image.Image, mask: np.ndarray, names: Sequence[str], opacity: float = 0.55) -> Image.Image:
+    """The photo under its classes' colours, with borders, and names of the larger classes where there is room.
 
     Args:
-        photo: RGB, of the mask's size. mask: (H, W) class indices. names: of all classes.
+        photo: RGB, of the mask's size. mask: (H, W) class indices; a larger number than there are classes stands for no
+            class, and is black. names: of all classes.
         opacity: of the colours, 0 to 1.
     """
-    colours = class_colours(len(names))[mask]
+    colours = np.concatenate([class_colours(len(names)), np.zeros((1, 3), np.uint8)])[mask.clip(max=len(names))]
     blended = np.asarray(photo) * (1 - opacity) + colours * opacity
     blended[_borders(mask)] = 255
     image = Image.fromarray(blended.round().astype(np.uint8))
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=max(11, round(max(image.size) / 45)))
     taken = np.zeros(mask.shape, dtype=bool)
-    for entry in class_shares(mask, names):
+    for entry in class_shares(mask[mask < len(names)], names):
         if entry.share < NAMED_FROM:
             break
         box = draw.textbbox((0, 0), entry.name, font, "mm")
@@ -98,6 +107,12 @@ def save_overlay(photo: Image.Image, mask: np.ndarray, names: Sequence[str], pat
         if not taken[top:bottom, left:right].any():  # a name of a larger class stays readable
             draw.text(place, entry.name, font=font, fill="white", stroke_fill="black", stroke_width=2, anchor="mm")
             taken[top:bottom, left:right] = True
+    return image
+
+
+def save_overlay(photo: Image.Image, mask: np.ndarray, names: Sequence[str], path: Path, opacity: float = 0.55) -> None:
+    """Write what :func:`draw_overlay` draws as PNG."""
+    image = draw_overlay(photo, mask, names, opacity)
     write_aside(path, lambda aside: image.save(aside, format="PNG"))
 
 

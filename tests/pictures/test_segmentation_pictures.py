@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vmamba.analysis.segmentation_pictures import (
-    _middle,
+from vmamba.data.segmentation import ADE20K_CLASSES, read_index_mask
+from vmamba.pictures import (
     class_colours,
     class_shares,
+    draw_overlay,
     save_index_mask,
     save_legend,
     save_overlay,
 )
-from vmamba.data.segmentation import ADE20K_CLASSES, read_index_mask
+from vmamba.pictures.segmentation import _middle
 
 NAMES = ("sky", "road", "car", "tree")
 
@@ -127,3 +128,11 @@ def test_a_larger_classs_name_is_not_covered(tmp_path) -> None:
     )
     assert np.array_equal(together, alone)
     assert not np.array_equal(together, other)
+
+
+def test_pixels_without_label_are_black_and_have_no_name() -> None:
+    mask = np.full((60, 100), 255)
+    mask[:, 50:] = 1
+    drawn = np.asarray(draw_overlay(Image.new("RGB", (100, 60), "white"), mask, NAMES, opacity=1.0))
+    assert (drawn[:, :45] == 0).all()
+    assert (drawn[5, 60:] == class_colours(4)[1]).all()

@@ -20,16 +20,20 @@ from ..data.segmentation import (
     segmentation_evaluation_transform,
 )
 from ..models import UPerNet, upernet_from_checkpoint
-from ..tasks import SegmentationInference, SegmentationScores, segment
-from .segmentation_pictures import ClassShare, class_shares, save_index_mask, save_legend, save_overlay
+from ..pictures import ClassShare, class_shares, save_index_mask, save_legend, save_overlay
+from ..tasks import Segmentation, SegmentationInference, segment
+from .checkpoints import About, about_of, load_trained
+from .config import from_dict
+from .evaluation import evaluate
 
-__all__ = ["SegmentationResult", "Segmented", "evaluate_segmentation", "segment_files"]
+__all__ = ["SegmentationResult", "Segmented", "evaluate_segmentation", "load_segmenter", "segment_files"]
 
 
 @dataclass(frozen=True)
 class SegmentationResult:
-    """Metrics of a checkpoint on ``images`` images: those of `SegmentationScores`, and by class, in percent."""
+    """Metrics of a checkpoint on ``images`` images of a part of ``data``: of `SegmentationScores`, and by class."""
 
+    data: str
     part: str
     images: int
     classes: tuple[str, ...]
@@ -65,9 +69,9 @@ def segment_files(
     ``a.legend.png``.
 
     Args:
-        checkpoint, backbone: as `upernet_from_checkpoint`.
-        classes: names; by default ADE20K's for 150 classes, otherwise numbers.
-        inference: how photos are looked at; whole and at their size by default.
+        checkpoint, backbone: as `load_segmenter`.
+        classes: names; by default those a run was trained with, ADE20K's for 150 classes, otherwise numbers.
+        inference: how photos are looked at; by default as a run was evaluated, otherwise whole and at their size.
         opacity: of the colours in the overlay, 0 to 1.
 
     Raises:
@@ -77,8 +81,11 @@ def segment_files(
     files = _apart(list_images(images))
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must lie between 0 and 1, not {opacity}")
-    model = _load(checkpoint, backbone, device)
-    names = _names(classes, model.num_classes)
+    check_device(device)
+    model, about = load_segmenter(checkpoint, backbone)
+    model.to(device)
+    names = _names(about.display_names if classes is None and about else classes, model.num_classes)
+    inference = inference or _inference_of(about)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     normalise = segmentation_evaluation_transform()
@@ -98,42 +105,67 @@ def segment_files(
 
 def evaluate_segmentation(
     checkpoint: str | Path,
-    data: str | Path | SegmentationSource,
+    data: str | Path | SegmentationSource | None = None,
     *,
     backbone: str | None = None,
     inference: SegmentationInference | None = None,
     workers: int = 0,
     device: str = "cpu",
+    precision: str = "fp32",
 ) -> SegmentationResult:
     """Measure a checkpoint on the test images of a data set, or on its validation images where it has no others.
 
     Images are taken one by one, since their sizes differ, and compared at the size of their masks.
 
     Args:
-        checkpoint, backbone: as `upernet_from_checkpoint`.
-        data: as `open_segmentation`.
-        inference: how images are looked at; whole and at their size by default.
+        checkpoint, backbone: as `load_segmenter`.
+        data: as `open_segmentation`; None for what a run was trained on.
+        inference: how images are looked at; by default as a run was evaluated, otherwise whole and at their size.
         workers: loading processes.
+        precision: as in :func:`~.evaluation.evaluate`.
 
     Raises:
         FileNotFoundError, ValueError: checkpoint, data or device are missing or do not fit together; a file is damaged.
     """
-    splits = open_segmentation(data)
+    check_device(device)
+    model, about = load_segmenter(checkpoint, backbone)
+    split = {}
+    if data is None:
+        if about is None:
+            raise ValueError("the checkpoint does not say what it was trained on: name images and masks with --data")
+        trained_on = about.config["data"]
+        data, split = trained_on["source"], {name: trained_on[name] for name in ("val_fraction", "split_seed")}
+    splits = open_segmentation(data, **split)
     part, samples = ("test", splits.test) if splits.test is not None else ("validation", splits.val)
-    model = _load(checkpoint, backbone, device)
     if model.num_classes != len(splits.classes):
         raise ValueError(f"the model knows {model.num_classes} classes, the data has {len(splits.classes)}")
-    scores = SegmentationScores(model.num_classes, inference)
+    task = Segmentation(model.num_classes, inference=inference or _inference_of(about))
     loader = DataLoader(TransformedMasks(samples, segmentation_evaluation_transform()), num_workers=workers)
-    with torch.inference_mode():
-        for batch in loader:
-            scores.update(model, tuple(tensor.to(device) for tensor in batch))
-    return SegmentationResult(part, len(samples), splits.classes, scores.compute(), tuple(scores.by_class()))
+    scores = evaluate(model, task, loader, device, precision)
+    where = data.root if isinstance(data, SegmentationSource) else data
+    return SegmentationResult(
+        str(where), part, len(samples), splits.classes, scores.compute(), tuple(scores.by_class())
+    )
 
 
-def _load(checkpoint: str | Path, backbone: str | None, device: str) -> UPerNet:
-    check_device(device)
-    return upernet_from_checkpoint(checkpoint, backbone).to(device)
+def load_segmenter(checkpoint: str | Path, backbone: str | None = None) -> tuple[UPerNet, About | None]:
+    """A segmentation network in evaluation mode on the CPU, and what it knows of itself, where it is of a run.
+
+    ``checkpoint`` is a run directory or a checkpoint of one, or any file that `upernet_from_checkpoint` takes, with
+    ``backbone``.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such run or file, or it is no segmentation network.
+    """
+    path = Path(checkpoint)
+    if path.is_dir() or (path.is_file() and about_of(path) is not None):
+        return load_trained(path, task="segmentation")
+    return upernet_from_checkpoint(path, backbone), None
+
+
+def _inference_of(about: About | None) -> SegmentationInference | None:
+    """How a run's validation looked at images."""
+    return None if about is None else from_dict(about.config).segmentation.inference
 
 
 def _apart(files: Sequence[Path]) -> list[Path]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vmamba.analysis import draw_detections
+from vmamba.pictures import draw_detections
 
 
 def _found(masks: bool = True) -> dict[str, torch.Tensor]:

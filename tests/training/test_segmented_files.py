@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from vmamba import create_upernet, save_checkpoint
-from vmamba.analysis.segmentation import evaluate_segmentation, segment_files
 from vmamba.data import read_image
 from vmamba.data.segmentation import open_segmentation, read_index_mask, segmentation_evaluation_transform
 from vmamba.tasks import SegmentationInference, SegmentationScores, segment
+from vmamba.training.segmented_files import evaluate_segmentation, segment_files
 
 NAMES = ("sky", "road", "car")
 
