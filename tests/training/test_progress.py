@@ -25,11 +25,11 @@ def clock(monkeypatch):
 
 def test_a_log_gets_a_line_a_minute(clock):
     out = io.StringIO()
-    run = RunProgress(steps=1000, images=64, out=out)
+    run = RunProgress(steps=1000, images=64, memory=lambda: 1.25, out=out)
     run.start(step=100)
     for step in range(101, 351):
         clock.now += 0.5
-        run.update(step, epoch=3, loss=2.5, lr=1e-3, memory=1.25)
+        run.update(step, epoch=3, loss=2.5, lr=1e-3)
     run.print("epoch 3/10")
     run.stop()
     lines = out.getvalue().splitlines()
@@ -48,10 +48,10 @@ def test_a_terminal_gets_a_live_line(clock, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     out = Terminal()
-    run = RunProgress(steps=10, images=2, out=out)
+    run = RunProgress(steps=10, images=2, memory=lambda: None, out=out)
     run.start(step=0)
     clock.now += 1
-    run.update(4, epoch=1, loss=0.5, lr=2e-4, memory=None)
+    run.update(4, epoch=1, loss=0.5, lr=2e-4)
     run.stop()
     assert "epoch 1 step 4/10  8.0 img/s  loss 0.5000  lr 2.00e-04  2 s left" in out.getvalue()
     assert "━" in out.getvalue()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+_Pairs = tuple[list[Tensor], list[Tensor]]
 
 
 class MovingAverage(nn.Module):
@@ -20,10 +22,19 @@ class MovingAverage(nn.Module):
         super().__init__()
         self.module = copy.deepcopy(model).requires_grad_(False)
         self._average = get_ema_multi_avg_fn(decay)
+        self._pairs: tuple[_Pairs, _Pairs] | None = None
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights of ``model`` after an optimiser step."""
-        self._average(list(self.module.parameters()), list(model.parameters()), None)
-        for own, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
-            own.copy_(theirs)
+        if self._pairs is None:
+            # found once: walking through the modules of two networks takes longer than the update
+            self._pairs = _pairs(self.module, model, "parameters"), _pairs(self.module, model, "buffers")
+        parameters, buffers = self._pairs
+        self._average(*parameters, None)
+        if buffers[0]:
+            torch._foreach_copy_(*buffers)
+
+
+def _pairs(own: nn.Module, theirs: nn.Module, kind: str) -> _Pairs:
+    return [*getattr(own, kind)()], [*getattr(theirs, kind)()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from rich.console import Console
@@ -10,21 +11,26 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 # a log file gets a line this often, in seconds, beside those at the ends of epochs
 LOG_EVERY = 60.0
+# and a terminal a new line this often: making one takes half a millisecond, as long as some of a step's work
+SHOW_EVERY = 0.1
 
 
 class RunProgress:
     """Steps of a run of ``steps``, each of ``images`` images; ``out`` None is the standard output.
 
+    ``memory`` says how much was taken so far, in GiB, or None.
+
     Speed and time left are those since :meth:`start`, validation included.
     """
 
-    def __init__(self, steps: int, images: int, out: TextIO | None = None) -> None:
+    def __init__(self, steps: int, images: int, memory: Callable[[], float | None], out: TextIO | None = None) -> None:
         self.steps = steps
         self.images = images
+        self._memory = memory
         self._console = Console(file=out, highlight=False, soft_wrap=True)
         self._live: Progress | None = None
         self._first_step = 0
-        self._started = self._logged = self._seen_at = 0.0
+        self._started = self._logged = self._shown = self._seen_at = 0.0
         self._seen_step = 0
         self._speed = 0.0
 
@@ -39,19 +45,19 @@ class RunProgress:
             self._task = self._live.add_task("", total=self.steps, completed=step)
             self._live.start()
 
-    def update(self, step: int, epoch: int, loss: float, lr: float, memory: float | None) -> None:
-        """Step ``step`` is done, in epoch ``epoch`` (from 1). ``memory`` is in GiB."""
+    def update(self, step: int, epoch: int, loss: float, lr: float) -> None:
+        """Step ``step`` is done, in epoch ``epoch`` (from 1)."""
         now = time.perf_counter()
         # a GPU takes steps in bursts: only a second of them is a speed
         if now - self._seen_at >= 1 or not self._speed:
             self._speed = self.images * (step - self._seen_step) / max(now - self._seen_at, 1e-9)
             self._seen_at, self._seen_step = now, step
-        text = self._describe(step, epoch, loss, lr, memory, now)
-        if self._live is not None:
-            self._live.update(self._task, completed=step, description=text)
-        elif now - self._logged >= LOG_EVERY:
+        if self._live is not None and now - self._shown >= SHOW_EVERY:
+            self._shown = now
+            self._live.update(self._task, completed=step, description=self._describe(step, epoch, loss, lr, now))
+        elif self._live is None and now - self._logged >= LOG_EVERY:
             self._logged = now
-            self.print(text)
+            self.print(self._describe(step, epoch, loss, lr, now))
 
     def print(self, line: str) -> None:
         """A line that stays."""
@@ -62,7 +68,8 @@ class RunProgress:
             self._live.stop()
             self._live = None
 
-    def _describe(self, step: int, epoch: int, loss: float, lr: float, memory: float | None, now: float) -> str:
+    def _describe(self, step: int, epoch: int, loss: float, lr: float, now: float) -> str:
+        memory = self._memory()
         left = (now - self._started) / max(1, step - self._first_step) * (self.steps - step)
         parts = [
             f"epoch {epoch} step {step}/{self.steps}",

@@ -86,7 +86,9 @@ class Recorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: TaskModule) -> None:
         self._started = time.perf_counter()
-        self._progress = RunProgress(module.schedule.steps, self.images_per_step)
+        self._progress = RunProgress(
+            module.schedule.steps, self.images_per_step, lambda: peak_memory(self.machine.device)
+        )
         if self.world.is_first:
             purge = trainer.global_step + 1 if trainer.global_step else None
             self._events = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
@@ -114,8 +116,7 @@ class Recorder(pl.Callback):
         if len(self._pending) >= LOOK_EVERY or trainer.global_step == 1:
             self._look()
         if self.world.is_first:
-            memory = peak_memory(self.machine.device)
-            self._progress.update(trainer.global_step, trainer.current_epoch + 1, self._loss, self._lr, memory)
+            self._progress.update(trainer.global_step, trainer.current_epoch + 1, self._loss, self._lr)
         # after the last step of an epoch the checkpoint waits for its end, and for its validation if there is one
         if batch_idx + 1 < trainer.num_training_batches:
             self._save_when_due(trainer, module)
