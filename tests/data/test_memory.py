@@ -82,8 +82,29 @@ def test_an_epoch_is_the_same_in_every_process(samples):
     assert not same(first, epoch_of(training(samples, seed=1), 2))
 
 
+def test_batches_made_together_are_those_made_alone(samples, monkeypatch):
+    alone = epoch_of(training(samples), 1)
+    monkeypatch.setattr(memory, "made_together", lambda device, values: 2)
+    together = epoch_of(training(samples), 1)
+    assert len(alone) == len(together) == 5
+    for (images, labels), (wanted_images, wanted_labels) in zip(together, alone, strict=True):
+        torch.testing.assert_close(images, wanted_images, rtol=0, atol=1e-5)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(labels, wanted_labels)
+
+
+def test_a_gpu_makes_small_batches_together():
+    cuda = torch.device("cuda")
+    assert memory.made_together(torch.device("cpu"), 1) == 1
+    assert memory.made_together(cuda, 128 * 3 * 160 * 160) == 8
+    assert memory.made_together(cuda, 256 * 3 * 32 * 32) == 16
+    assert memory.made_together(cuda, 10**9) == 1
+
+
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_goes_on_where_it_stopped(samples, stop):
+def test_goes_on_where_it_stopped(samples, stop, together, monkeypatch):
+    monkeypatch.setattr(memory, "made_together", lambda device, values: together)
     whole = training(samples)
     wanted = [epoch_of(whole, epoch) for epoch in range(3)]
     stopped = training(samples)
