@@ -236,6 +236,15 @@ def test_stop_raises_where_the_loop_is(tmp_path):
     assert history(tmp_path)
 
 
+@pytest.fixture
+def _interruptible():
+    """SIGINT as in a terminal; a process that a script starts in the background inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_the_user_can_still_interrupt(tmp_path):
     with pytest.raises(KeyboardInterrupt), Watchdog(60, tmp_path):
         signal.raise_signal(signal.SIGINT)

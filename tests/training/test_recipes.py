@@ -9,6 +9,7 @@ from torch.optim import SGD
 from vmamba.tasks import ADE20K_SINGLE_SCALE, warmup_cosine
 from vmamba.training import RECIPES, resolve
 from vmamba.training.config import Config, as_dict, from_dict, parse_overrides
+from vmamba.training.lightning_module import optimizer_of
 from vmamba.training.schedule import Schedule
 
 
@@ -61,6 +62,17 @@ def test_coco_is_the_published_recipe(name, epochs, drops):
     assert chosen.min_size == (tuple(range(480, 801, 32)) if many else (800,))
     assert (chosen.augment.horizontal_flip, chosen.augment.crop) == (0.5, 0.5 if many else 0.0)
     assert (chosen.augment.crop_resize, chosen.augment.crop_sides) == ((400, 500, 600), (384, 600))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "decayed"),
+    [("ade20k", {"0.weight", "0.bias"}), ("coco_1x", {"0.weight", "0.bias"}), ("small_segmentation", {"0.weight"})],
+)
+def test_the_optimiser_decays_what_the_recipe_says(recipe, decayed):
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = optimizer_of(model, resolve(recipe=recipe)).param_groups
+    assert {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]} == decayed
 
 
 def test_a_config_that_names_its_task_alone_takes_that_tasks_small_recipe():

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .._extras import require
+from .._figures import BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILLION, new_figure
 from .._files import write_aside
 
 __all__ = ["COLOURS", "Bar", "Panel", "figure_format", "save_bars"]
 
-# Okabe and Ito's colours: told apart by every common kind of colour vision, and in grey by their lightness
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY_BLUE, VERMILLION)
 
 
 class Bar(NamedTuple):
@@ -58,11 +57,9 @@ def save_bars(panels: Sequence[Panel], heading: str, footnote: str, path: Path) 
         ValueError: `path` ends in neither .png nor .svg.
     """
     kind = figure_format(path)
-    figure_module = require("matplotlib.figure", "train")
     series = list(dict.fromkeys(bar.series for panel in panels for bar in panel.bars))
     heights = [0.9 + 0.3 * len(panel.bars) for panel in panels]
-    # a bare Figure draws with Agg and leaves pyplot's global state alone
-    figure = figure_module.Figure(figsize=(9.5, sum(heights) + 1.5), layout="constrained")
+    figure = new_figure(9.5, sum(heights) + 1.5)
     figure.suptitle(heading, fontsize=11)
     grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axes, panel in zip(grid, panels, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .._extras import require
+from .._figures import new_figure
 from .._files import write_aside
 from .charts import COLOURS, figure_format
 
@@ -46,11 +46,9 @@ def save_curves(plots: Sequence[Plot], heading: str, footnote: str, path: Path) 
         ValueError: `path` ends in neither .png nor .svg.
     """
     kind = figure_format(path)
-    figure_module = require("matplotlib.figure", "train")
     series = list(dict.fromkeys(curve.series for plot in plots for curve in plot.curves))
     rows = -(-len(plots) // 2)
-    # a bare Figure draws with Agg and leaves pyplot's global state alone
-    figure = figure_module.Figure(figsize=(11, 4.3 * rows + 0.8), layout="constrained")
+    figure = new_figure(11, 4.3 * rows + 0.8)
     figure.suptitle(heading, fontsize=11)
     grid = figure.subplots(rows, min(2, len(plots)), squeeze=False).ravel()
     for axes, plot in zip(grid, plots, strict=False):

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._figures import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, new_figure
 from ..ops import ROUTES
 from .attention import AttentionMap, StateDecay
-from .figures import COLOUR_MAP, new_figure
+from .figures import COLOUR_MAP
 from .receptive_field import ReceptiveField
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ __all__ = ["QUANTITIES", "attention_figure", "decay_figure", "receptive_field_fi
 FIELD_DECADES = 4  # of the receptive field's colours, down from its strongest pixel
 MAP_DECADES = 3
 LONGEST_SIDE = 640  # pixels of a picture under the maps: a panel is 350 dots wide
-MARKER = "#D55E00"  # Okabe and Ito's vermillion, which viridis does not have
-LINES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
+MARKER = VERMILLION  # which viridis does not have
+LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 
 QUANTITIES = {
     "attention": "contribution to the query pixel's output, |weight x input|, mean over channels",

@@ -1,29 +1,19 @@
-"""What figures for a paper have in common: size, colours, files as PNG and SVG."""
+"""What figures for a paper have in common: colours, files as PNG and SVG."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._extras import require
 from .._files import write_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOUR_MAP", "new_figure", "save_figure"]
+__all__ = ["COLOUR_MAP", "save_figure"]
 
 COLOUR_MAP = "viridis"  # even steps of lightness, the same to every kind of colour vision, readable in grey
 DOTS_PER_INCH = 200
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of that size in inches; it draws with Agg and leaves pyplot's global state alone.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-    """
-    return require("matplotlib.figure", "train").Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:

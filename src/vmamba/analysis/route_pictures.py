@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .._extras import require
+from .._figures import VERMILLION, new_figure
 from .._files import write_aside
 from ..ops import ROUTES
 from ..ops.routes import route_indices
 from .explanation_pictures import route_names
-from .figures import COLOUR_MAP, new_figure
+from .figures import COLOUR_MAP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ NUMBERED = 64  # cells of the largest grid whose steps are numbered
 FRAMES = 64  # of an animation at most; larger grids take several steps a frame
 LARGEST_DRAWN = 128  # cells of a side: beyond it lines run into each other
 LIGHT_FROM = 0.6  # of the walk: from there on viridis is so light that numbers are black
-MARKER = "#D55E00"  # of the step that an animation has reached: Okabe and Ito's vermillion
+MARKER = VERMILLION  # of the step that an animation has reached
 GAP, NAME_HEIGHT, NAME_WIDTH = 14, 26, 150  # pixels of an animation: between panels, of a route's name
 
 

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..models.variants import check_name
 from ..ops.judge import Verdict, judge
 from .complexity import Complexity, measure_complexity
 from .measuring import checked_device, environment, reason
-from .throughput import DTYPES, ModelRow, ModelSettings, check_name, conditions, filled_in, make_model, measure_case
+from .throughput import DTYPES, ModelRow, ModelSettings, conditions, filled_in, make_model, measure_case
 
 __all__ = [
     "PUBLISHED_VMAMBA_T",

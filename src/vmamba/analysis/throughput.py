@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import models as _registers_our_names  # noqa: F401
 from ..models import VMamba
+from ..models.variants import check_name
 from ..ops.judge import Verdict, judge
 from .measuring import (
     Measurement,
@@ -368,18 +368,6 @@ def filled_in(settings: ModelSettings, device: torch.device) -> ModelSettings:
         batch=settings.batch or (128 if on_cuda else 8),
         dtype=settings.dtype or ("bf16" if on_cuda else "fp32"),
     )
-
-
-def check_name(name: str) -> None:
-    """Refuse a name that timm does not know.
-
-    Raises:
-        ValueError: naming close ones.
-    """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see `vmamba models` and timm.list_models()"
-        raise ValueError(f"there is no model {name!r}; {hint}")
 
 
 def make_model(name: str, size: tuple[int, int], **options: Any) -> nn.Module:

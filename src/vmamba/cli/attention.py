@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._networks import MODEL_HELP, add_network_options, check_drawing, open_network
+from .networks import MODEL_HELP, add_network_options, check_drawing, open_network
 
 NAME = "attention"
 HELP = "draw what a pixel of SS2D reads, through every scan route"

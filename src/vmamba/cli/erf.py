@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import re
 
-from ._networks import MODEL_HELP, add_network_options, check_drawing, open_network
+from .networks import MODEL_HELP, add_network_options, check_drawing, open_network
 
 NAME = "erf"
 HELP = "draw and measure effective receptive fields of any models, side by side"

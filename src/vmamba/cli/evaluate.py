@@ -6,6 +6,7 @@ import argparse
 
 from .detect import add_size_arguments, sizes_from
 from .segment import add_inference_arguments, inference_from
+from .tables import print_table
 
 NAME = "eval"
 HELP = "measure a trained model on a labelled data set"
@@ -86,16 +87,14 @@ def _classification(options: argparse.Namespace) -> None:
         crop_pct=options.crop_pct,
         precision=options.precision,
     )
+    names = ("model", "images", "top-1 %", "top-5 %", "loss")
     rows = [
-        ("model", "images", "top-1 %", "top-5 %", "loss"),
         (result.model, f"{result.images}", *_cells(result.metrics)),
         # so that whoever has ImageNet sees at once whether the weights and the code are right
         *([("published", "50000", *_cells(result.published))] if result.published else []),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(f"{result.checkpoint} on {result.data}, {options.precision}")
-    for row in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print_table(names, rows, left=0)
 
 
 def _cells(metrics: dict[str, float]) -> tuple[str, ...]:

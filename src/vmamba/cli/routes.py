@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._networks import check_drawing
+from .networks import check_drawing
 
 NAME = "routes"
 HELP = "draw and animate the scan routes over a grid"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from timm.layers import LayerNorm2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from .variants import list_models
+from .variants import check_name, list_models
 
 __all__ = ["TimmFeatures", "create_features"]
 
@@ -84,10 +83,7 @@ def create_features(name: str, *, out_norm: bool = True, least_stride: int = 1, 
     Raises:
         ValueError: there is no such model, or it does not take the options.
     """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see vmamba.list_models() and timm.list_models()"
-        raise ValueError(f"there is no model {name!r}; {hint}")
+    check_name(name)
     if name.partition(".")[0] in list_models():
         return _create(name, {"out_norm": out_norm} | options)
     model, used = _create_of_any_size(name, options)

@@ -6,6 +6,7 @@ https://github.com/MzeroMiko/VMamba.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .checkpoint import checkpoint_filter_fn, file_state
 from .vmamba import FeatureGetter, VMamba
 
-__all__ = ["list_models", "recognise_backbone"]  # register_model adds the entry points
+__all__ = ["check_name", "list_models", "recognise_backbone"]  # register_model adds the entry points
 
 _RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
 
@@ -92,6 +93,18 @@ default_cfgs = generate_default_cfgs(
 def list_models() -> list[str]:
     """Names of the models that `timm.create_model` knows through this package."""
     return sorted(default_cfgs)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is of no model in timm's registry.
+
+    Raises:
+        ValueError: naming close ones.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see `vmamba models` and timm.list_models()"
+        raise ValueError(f"there is no model {name!r}; {hint}")
 
 
 def recognise_backbone(state: Mapping[str, Tensor], prefix: str, path: str | os.PathLike) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..data import Preprocessing
 from ..models import create_upernet, load_checkpoint
 from ..models.checkpoint import load_state
 from ..models.detection import mask_rcnn
+from ..models.variants import check_name
 
 # the entries of a checkpoint file: the weights to use, and what they belong to. The checkpoint of the last epoch
 # holds the state of optimiser and loops beside them.
@@ -74,14 +74,23 @@ def make_model(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         ValueError: no model of that name, or it does not take these arguments.
     """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see `vmamba models` and timm.list_models()"
-        raise ValueError(f"there is no model {name!r}; {hint}")
+    check_name(name)
     try:
         return timm.create_model(name, **kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot be made with {kwargs}: {error}") from error
+
+
+def expected_preprocessing(model: nn.Module) -> Preprocessing:
+    """What timm says that a model of its registry was trained with."""
+    expected = model.pretrained_cfg
+    return Preprocessing(
+        tuple(expected["input_size"][1:]),
+        expected["interpolation"],
+        expected["crop_pct"],
+        expected["mean"],
+        expected["std"],
+    )
 
 
 def make_network(task: str, name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -189,17 +198,10 @@ def about_of(run_or_file: str | Path) -> About | None:
 def _load_bare_weights(path: Path, model_name: str) -> tuple[nn.Module, About]:
     model = make_model(model_name)
     load_checkpoint(model, path)
-    expected = model.pretrained_cfg
     classes = names = tuple(str(index) for index in range(model.num_classes))
     if model.num_classes == 1000:
         imagenet = ImageNetInfo()
         classes = tuple(imagenet.index_to_label_name(index) for index in range(1000))
         names = tuple(imagenet.index_to_description(index) for index in range(1000))
-    preprocessing = Preprocessing(
-        tuple(expected["input_size"][1:]),
-        expected["interpolation"],
-        expected["crop_pct"],
-        expected["mean"],
-        expected["std"],
-    )
-    return model.eval(), About(model_name, {}, classes, names, preprocessing, config={}, epoch=0, metrics={})
+    expected = expected_preprocessing(model)
+    return model.eval(), About(model_name, {}, classes, names, expected, config={}, epoch=0, metrics={})

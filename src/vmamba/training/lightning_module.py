@@ -151,4 +151,5 @@ def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         eps=optim.eps,
         layer_decay=optim.layer_decay,
         decay_ssm=optim.decay_ssm,
+        decay_vectors=optim.decay_vectors,
     )

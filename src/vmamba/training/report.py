@@ -9,23 +9,22 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .._extras import require
+from .._figures import BLUE, GREEN, PURPLE, VERMILLION, new_figure
 from .._files import write_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-# Okabe and Ito's blue and vermillion: told apart by every common kind of colour vision
-RIGHT, WRONG = "#0072B2", "#D55E00"
-CURVE_STYLES = (("#0072B2", "-"), ("#D55E00", "-"), ("#009E73", "--"), ("#CC79A7", ":"))
+RIGHT, WRONG = BLUE, VERMILLION
+CURVE_STYLES = ((BLUE, "-"), (VERMILLION, "-"), (GREEN, "--"), (PURPLE, ":"))
 
 
 def save_confusion_matrix(confusion: Tensor, names: Sequence[str], path: Path) -> None:
     """Draw counts (true, predicted), shaded by the share of the true class; numbers up to 20 classes."""
     count = len(names)
     side = min(14.0, 3.0 + 0.45 * count)
-    figure = _new_figure(side + 1, side)
+    figure = new_figure(side + 1, side)
     axes = figure.subplots()
     share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     shading = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
@@ -56,7 +55,7 @@ def save_prediction_sheet(
     """
     columns = min(6, len(images))
     rows = -(-len(images) // columns)
-    figure = _new_figure(2.0 * columns, 2.35 * rows + 0.5)
+    figure = new_figure(2.0 * columns, 2.35 * rows + 0.5)
     figure.suptitle(heading)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[len(images) :]:
@@ -77,7 +76,7 @@ def save_picture_rows(rows: Sequence[Sequence[Image.Image]], titles: Sequence[st
     """Draw pictures in rows, each column under its title."""
     width = 4.2 * len(titles)
     height = sum(max(p.height / p.width for p in row) for row in rows) * 4.2 + 0.8
-    figure = _new_figure(width, height)
+    figure = new_figure(width, height)
     figure.suptitle(heading)
     grid = figure.subplots(
         len(rows),
@@ -98,7 +97,7 @@ def save_curves(
     epochs: Sequence[int], curves: dict[str, Sequence[float]], path: Path, ylabel: str, *, log: bool = False
 ) -> None:
     """Draw named curves over the epochs, with a legend where there are several; what is not finite leaves a gap."""
-    figure = _new_figure(7.5, 4.2)
+    figure = new_figure(7.5, 4.2)
     axes = figure.subplots()
     for (name, values), (colour, style) in zip(curves.items(), CURVE_STYLES, strict=False):
         axes.plot(epochs, values, style, color=colour, label=name, marker="o" if len(epochs) < 3 else None)
@@ -140,7 +139,7 @@ def save_resources(csv_path: Path, path: Path) -> bool:
         for title, columns in panels.items()
     }
     shown = {title: columns for title, columns in shown.items() if columns}
-    figure = _new_figure(7.5, 0.8 + 2.4 * len(shown))
+    figure = new_figure(7.5, 0.8 + 2.4 * len(shown))
     for axes, (title, columns) in zip(
         figure.subplots(len(shown), sharex=True, squeeze=False).flat, shown.items(), strict=True
     ):
@@ -170,11 +169,6 @@ def _stalls(rows: Sequence[dict[str, str]]) -> list[tuple[float, float]]:
             found = [*found[:-1], (found[-1][0], second)] if before == "1" else [*found, (second, second)]
         before = row["stalled"]
     return found
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    # a bare Figure draws with Agg and leaves pyplot's global state alone
-    return require("matplotlib.figure", "train").Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Figure, path: Path) -> None:

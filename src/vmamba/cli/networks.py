@@ -48,6 +48,7 @@ def open_network(named: str, options: argparse.Namespace, size: int | None = Non
     import torch
 
     from ..training import load_trained, make_model
+    from ..training.checkpoints import expected_preprocessing
 
     def fresh(name: str, **kwargs) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -68,20 +69,7 @@ def open_network(named: str, options: argparse.Namespace, size: int | None = Non
     kwargs = {"img_size": size} if fixed else {}
     model = fresh(named, pretrained=options.pretrained, **kwargs)
     state = "released" if options.pretrained else "untrained"
-    return Network(named, state, model, _preprocessing(model), lambda: fresh(named, **kwargs))
-
-
-def _preprocessing(model: nn.Module) -> Preprocessing:
-    from ..data import Preprocessing
-
-    expected = model.pretrained_cfg
-    return Preprocessing(
-        tuple(expected["input_size"][1:]),
-        expected["interpolation"],
-        expected["crop_pct"],
-        expected["mean"],
-        expected["std"],
-    )
+    return Network(named, state, model, expected_preprocessing(model), lambda: fresh(named, **kwargs))
 
 
 def check_drawing(out: str) -> None:
