@@ -41,15 +41,17 @@ def image(size=32):
 
 def test_the_first_step_of_a_kind_and_no_other(contexts, model):
     with torch.no_grad():
-        for size in (32, 32, 48):
+        for size in (32, 32, 40):
             model(image(size))
-    assert len(contexts) == 1
-    model(image())  # records gradients
+        assert len(contexts) == 1
+        model(image(64))
     assert len(contexts) == 2
+    model(image())  # records gradients
+    assert len(contexts) == 3
     with torch.no_grad():
         model.forward_intermediates(image())
         model.double()(image().double())
-    assert len(contexts) == 3
+    assert len(contexts) == 4
 
 
 def test_a_training_step_is_as_if_there_had_been_none(contexts, model):
@@ -110,8 +112,9 @@ def test_buffers_may_count_what_passes(contexts, model):
 
 
 def test_errors_are_left_to_the_step(contexts, model):
-    with pytest.raises(ValueError, match="expected images"):
-        model(torch.zeros(1, 5, 32, 32))
+    for shape in ((1, 5, 32, 32), (5,), ()):
+        with pytest.raises(ValueError, match="expected images"):
+            model(torch.zeros(shape))
 
 
 def test_where_no_kernels_are_nothing_is_gone_through(monkeypatch, model):
@@ -121,7 +124,8 @@ def test_where_no_kernels_are_nothing_is_gone_through(monkeypatch, model):
     assert not ahead._seen
 
 
-def test_torch_compile_traces_the_step_alone(contexts, model):
+def test_who_traces_takes_in_the_step_alone(contexts, model):
     with torch.no_grad():
         torch.compile(model, backend="eager", fullgraph=True)(image())
+        torch.export.export(model, (image(),))
     assert not contexts

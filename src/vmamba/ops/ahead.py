@@ -25,23 +25,26 @@ _seen: set[tuple] = set()
 def is_first(kind: Hashable, x: Tensor) -> bool:
     """Whether a step of that kind on x is the first in this process, and may be gone through ahead; True once.
 
-    kind: what the network is and how it runs; x's device and dtype, autocast and whether gradients are recorded are
-    added. Other sizes of x are no other kind: nearly all of their kernels are the same.
+    kind: what the network is and how it runs. What x (B, C, H, W) is, autocast and whether gradients are recorded are
+    added, and of sizes the power of two: images one by one take other kernels than many, those of 256 pixels nearly
+    the same as those of 224.
     """
     device = x.device.type
-    # torch.compile traces operators and meets no kernel
-    if torch.compiler.is_compiling() or BACKENDS[choose("auto", device)].compile_ahead is None:
+    # who traces would take in what is thrown away here; torch.compile meets operators and no kernel
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if BACKENDS[choose("auto", device)].compile_ahead is None:
         return False
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    kind = (kind, x.device, x.dtype, autocast, torch.is_grad_enabled())
+    sizes = tuple(shape.numel().bit_length() for shape in (x.shape[:1], x.shape[2:]))
+    kind = (kind, sizes, x.device, x.dtype, autocast, torch.is_grad_enabled())
     if kind in _seen:
         return False
-    # transforms, traces and captured graphs would take in what is thrown away here
+    # and so would these
     if (
         type(x) is not Tensor
         or is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
         or torch.is_anomaly_enabled()
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
