@@ -1,7 +1,7 @@
 """Compiling the kernels of a network's first step side by side, before it.
 
 A kernel is compiled when it is first launched, so the first step of a network compiles its thirty kernels one after
-another (a training step its seventy). Which they are is decided where they are launched, by shapes, dtypes and the
+another (a training step its forty). Which they are is decided where they are launched, by shapes, dtypes and the
 device; so the step is gone through once before: what our kernels would compute is left as memory lies, and they are
 compiled side by side meanwhile. Numbers, whatever they are, decide nothing, and all of them are thrown away.
 """
