@@ -94,3 +94,21 @@ def test_other_sizes_and_batches_compile_next_to_nothing():
     assert before > 0
     for size in ((63, 224, 224), (96, 256, 256), (48, 232, 200), (2, 320, 224), (1, 192, 448), (3, 200, 200)):
         assert run(*size) == before, size
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_pass_before_the_first_step_leaves_nothing_to_compile(training, monkeypatch):
+    triton = pytest.importorskip("triton")
+    compiled = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **details: compiled.append(details["src"].name))
+    # channels that no other test has
+    model = network(dims=(80, 160, 320, 640)).train(training)
+    x = images(2, 3, 96, 96)
+    with torch.set_grad_enabled(training), torch.autocast("cuda", torch.bfloat16):
+        model._compile_ahead(x)
+        known = len(compiled)
+        y = model(x)
+        if training:
+            y.float().sum().backward()
+    assert known > 10
+    assert compiled[known:] == []

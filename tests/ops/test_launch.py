@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="the launcher is for Triton's kernels, and triton is not installed")
 
+from triton.runtime._async_compile import active_mode  # noqa: E402
+
 from vmamba.ops import triton_backend  # noqa: E402
-from vmamba.ops.triton_backend.launch import Kernel  # noqa: E402
+from vmamba.ops.triton_backend.launch import Kernel, compile_ahead  # noqa: E402
 
 
 class Parameter:
@@ -34,7 +38,8 @@ class Jit:
     )
 
     def __init__(self):
-        self.compilations, self.launches = [], []
+        self.compilations, self.launches, self.loads = [], [], []
+        self.warmups = []
 
     def __getitem__(self, grid):
         def compile_and_launch(*args, **named):
@@ -43,12 +48,24 @@ class Jit:
 
         return compile_and_launch
 
+    def warmup(self, *args, grid, **named):
+        """What Triton does where it compiles side by side: the work is handed to its pool."""
+        self.warmups.append(args)
+        mode = active_mode.get()
+        return mode.submit(str(self.warmups), partial(self.compile, named["C"]), lambda compiled: None)
+
+    def compile(self, C):
+        if C == 0:
+            raise RuntimeError("does not compile")
+        return Compiled(self)
+
 
 class Compiled:
     def __init__(self, jit):
         self.jit = jit
 
     def __getitem__(self, grid):
+        self.jit.loads.append(grid)
         return lambda *args: self.jit.launches.append((grid, args))
 
 
@@ -102,6 +119,38 @@ def test_unusual_arguments_are_left_to_triton_every_time(jit, unusual):
         kernel[(1,)](*(usual | unusual).values(), C=16, FLAG=True)
     assert len(jit.compilations) == 3
     assert not jit.launches
+
+
+def test_ahead_each_kind_of_call_is_compiled_and_loaded_once_and_none_runs(jit, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    kernel = Kernel(jit)
+    x, y = aligned(8), aligned(4)
+
+    def launch(C):
+        kernel[(3,)](x, y, 32, 7, 1e-5, C=C, FLAG=True)
+
+    launch(16)
+    with compile_ahead():
+        for C in (16, 32, 32, 64, 0):
+            launch(C)
+    # the first was known; the last does not compile, which its launch will say
+    assert len(jit.warmups) == 3
+    assert jit.loads == [(1, 1, 1)] * 2
+    assert not jit.launches
+    launch(16)
+    launch(32)
+    assert len(jit.compilations) == 2
+    assert len(jit.launches) == 1
+
+
+def test_an_error_ahead_leaves_launches_as_they_are(jit, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    kernel = Kernel(jit)
+    with pytest.raises(KeyError), compile_ahead():
+        raise KeyError
+    assert active_mode.get() is None
+    kernel[(3,)](aligned(8), aligned(4), 32, 7, 1e-5, C=16, FLAG=True)
+    assert len(jit.compilations) == 1
 
 
 def kernels() -> dict[str, Kernel]:

@@ -14,6 +14,8 @@ from timm.models import FeatureInfo, checkpoint_seq
 from torch import Tensor, nn
 
 from vmamba.layers import DOWNSAMPLES, SS2D, STEMS, ClassifierHead, VSSBlock, make_mlp
+from vmamba.layers.fusion import is_untouched
+from vmamba.ops.ahead import compile_ahead, is_first
 
 from .config import VMambaConfig
 
@@ -211,6 +213,7 @@ class VMamba(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         taken = self._stage_indices(indices)
         features = []
+        self._compile_ahead(x)
         x = self._embed(x)
         for i, stage in enumerate(self.stages[: max(taken) + 1] if stop_early else self.stages):
             x = stage(x)
@@ -257,7 +260,16 @@ class VMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the last stage's features, not normalised, (B, C, H/32, W/32)."""
+        self._compile_ahead(x)
         return self.stages(self._embed(x)).permute(0, 3, 1, 2)
+
+    def _compile_ahead(self, x: Tensor) -> None:
+        """On a GPU, before the first images: all kernels side by side instead of each when it is met."""
+        kind = (self.config, self.in_chans, len(self.stages), self.training)
+        # hooks would see numbers that mean nothing, and buffers may count what passes
+        if is_first(kind, x) and is_untouched(self) and not any(True for _ in self.buffers()):
+            x = x.detach()
+            compile_ahead(lambda: self.stages(self._embed(x)), x, self.parameters())
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H, W) as from `forward_features` -> scores (B, num_classes), or the pooled features (B, C)."""

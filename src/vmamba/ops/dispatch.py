@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ class Backend(NamedTuple):
     conv_forward: (x, weight, bias, activation) -> y; torch's own unless the backend has a depthwise convolution.
     conv_backward: (gy, x, weight, bias, activation) -> gradients of x, weight and bias, contiguous or not.
     joined: a namespace of the functions of `inference.Plain` and `training`, with kernels of its own, or None.
+    compile_ahead: () -> a context in which kernels are compiled, side by side, and not run; None where none are.
     """
 
     unavailable: Callable[[str], str | None]
@@ -42,6 +44,7 @@ class Backend(NamedTuple):
     conv_forward: Callable[..., Tensor] = convolution.conv
     conv_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = convolution.conv_backward
     joined: Any = None
+    compile_ahead: Callable[[], AbstractContextManager] | None = None
 
 
 def _portable_ss2d_forward(x, p, dt_weight, dt_bias, A, D, routes, keep):
@@ -78,6 +81,7 @@ BACKENDS: dict[str, Backend] = {
         conv_forward=triton_backend.conv_forward,
         conv_backward=triton_backend.conv_backward,
         joined=triton_backend.Joined,
+        compile_ahead=triton_backend.compile_ahead,
     ),
     "portable": Backend(
         unavailable=lambda device_type: None,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "Joined",
+    "compile_ahead",
     "conv_backward",
     "conv_forward",
     "scan_backward",
@@ -46,6 +47,12 @@ def unavailable(device_type: str) -> str | None:
     if not _INSTALLED:
         return "the package triton is not installed"
     return None
+
+
+def compile_ahead():
+    from . import launch
+
+    return launch.compile_ahead()
 
 
 def ss2d_states(x: Tensor, A: Tensor, routes: str) -> tuple[int, ...]:

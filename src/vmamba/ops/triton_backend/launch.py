@@ -1,14 +1,20 @@
-"""Launching a kernel again at little cost for the host.
+"""Launching a kernel again at little cost for the host, and compiling many side by side.
 
 Triton finds the compiled kernel of a call by binding the arguments, describing each, and printing the description: 30
 to 50 us for kernels of 20 to 30 arguments. A network calls a hundred kernels with the same kinds of arguments again
 and again, and without CUDA graphs this is what bounds it. `Kernel` looks compiled kernels up by what Triton specialises
 on, read off the arguments directly, and hands every call that it has not seen to Triton.
+
+Compiling takes 0.1 to 2 s of CPU a kernel, nearly all of it in passes that let other threads run. `compile_ahead`
+compiles the kernels of a whole step in threads that end with it; what is compiled is what a launch would compile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -16,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["Kernel", "kernel"]
+__all__ = ["Kernel", "compile_ahead", "kernel"]
 
 _INT32 = 1 << 31
 
@@ -25,6 +31,9 @@ _VALUE, _DIVISIBILITY, _NOTHING = range(3)
 
 # of the kernel that was launched last, for whoever wants to know what a GPU is stuck in: one item, 10 ns a launch
 last_launched: list[Kernel | None] = [None]
+
+# inside `compile_ahead`, in its thread: what is launched there, (kernel, key) -> (its device, what Triton makes of it)
+_met: ContextVar[dict[tuple, tuple[torch.device, Any]] | None] = ContextVar("met", default=None)
 
 
 class Kernel:
@@ -56,7 +65,12 @@ class Kernel:
         known = self._compiled.get(key)
         if known is not None:
             compiled, constants = known
-            compiled[(*grid, 1, 1)[:3]](*args, *constants)
+            if _met.get() is None:
+                compiled[(*grid, 1, 1)[:3]](*args, *constants)
+            return
+        if (met := _met.get()) is not None:
+            if (self, key) not in met:
+                met[self, key] = device, self.jit.warmup(*args, grid=grid, **named)
             return
         compiled = self.jit[grid](*args, **named)
         if key is not None:
@@ -91,3 +105,30 @@ def kernel(function: Callable | None = None, **options: Any) -> Any:
         return lambda function: kernel(function, **options)
     jit = triton.jit(**options)(function) if options else triton.jit(function)
     return Kernel(jit) if isinstance(jit, triton.JITFunction) else jit
+
+
+@contextmanager
+def compile_ahead() -> Iterator[None]:
+    """What this thread launches inside is not run, but compiled and loaded side by side; all is ready at the end.
+
+    Errors of a compilation are left to the launch that will meet them again.
+    """
+    met: dict[tuple, tuple[torch.device, Any]] = {}
+    with ThreadPoolExecutor() as pool:
+        token = _met.set(met)
+        try:
+            with triton.AsyncCompileMode(pool, ignore_errors=True):
+                yield
+        finally:
+            _met.reset(token)
+        # Triton 3.6 makes a launcher for each signature with the C compiler, 0.2 s each
+        list(pool.map(_load, met.values()))
+
+
+def _load(met: tuple[torch.device, Any]) -> None:
+    device, compiled = met
+    if isinstance(compiled, triton.FutureKernel):
+        compiled = compiled.result(ignore_errors=True)
+    if compiled is not None:
+        with torch.cuda.device(device):
+            compiled[(1, 1, 1)]  # loads, and launches nothing until it is called
