@@ -105,7 +105,7 @@ def test_the_pass_before_the_first_step_leaves_nothing_to_compile(training, monk
     model = network(dims=(80, 160, 320, 640)).train(training)
     x = images(2, 3, 96, 96)
     with torch.set_grad_enabled(training), torch.autocast("cuda", torch.bfloat16):
-        model._compile_ahead(x)
+        model.compile_ahead(x)
         known = len(compiled)
         y = model(x)
         if training:

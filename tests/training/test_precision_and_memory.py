@@ -158,9 +158,12 @@ def test_a_compiled_run_is_the_same_run(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda module, **options: asked.append(options) or real(module, backend="aot_eager")
     )
+    ready = []
+    monkeypatch.setattr(TaskModule, "_compile_kernels", lambda self, images: ready.append(images.shape))
     for mode in ("eager", "compile"):
         train(tiny_config(run={"mode": mode, "ema_decay": 0.5}), tmp_path / mode)
     assert asked == [{"dynamic": False, "mode": None}]
+    assert ready == [(4, 3, 32, 32)]
     plain, compiled = (rows_of(tmp_path / name) for name in ("eager", "compile"))
     for row, wanted in zip(compiled, plain, strict=True):
         assert row["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-3)

@@ -213,7 +213,7 @@ class VMamba(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         taken = self._stage_indices(indices)
         features = []
-        self._compile_ahead(x)
+        self.compile_ahead(x)
         x = self._embed(x)
         for i, stage in enumerate(self.stages[: max(taken) + 1] if stop_early else self.stages):
             x = stage(x)
@@ -260,11 +260,16 @@ class VMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the last stage's features, not normalised, (B, C, H/32, W/32)."""
-        self._compile_ahead(x)
+        self.compile_ahead(x)
         return self.stages(self._embed(x)).permute(0, 3, 1, 2)
 
-    def _compile_ahead(self, x: Tensor) -> None:
-        """On a GPU, before the first images: all kernels side by side instead of each when it is met."""
+    def compile_ahead(self, x: Tensor) -> None:
+        """Compile the kernels for images like x (B, in_chans, H, W), side by side instead of each when it is met.
+
+        Autocast, training mode and the recording of gradients are those of the call. The first eager step does this by
+        itself, a compiled one cannot: call it before the first step of `torch.compile(model)`. Does nothing off a GPU,
+        the second time, or where modules have hooks.
+        """
         kind = (self.config, self.in_chans, len(self.stages), self.training)
         # hooks would see numbers that mean nothing, and buffers may count what passes
         if is_first(kind, x) and is_untouched(self) and not any(True for _ in self.buffers()):

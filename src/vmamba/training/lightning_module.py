@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..data.loading import STEP_STREAM, derive_seed, seed_generators
+from ..models import VMamba
 from ..tasks import Scores, Task, make_optimizer
 from .averaging import MovingAverage
 from .config import Config
@@ -45,6 +46,7 @@ class TaskModule(pl.LightningModule):
         # in a tuple, since a module here would be in the state dict a second time; evaluation, whose batches have other
         # sizes, stays as it is
         self._trained = (compiled(model, config.run.mode),)
+        self._kernels_ready = config.run.mode == "eager"
 
     def candidates(self) -> Iterator[tuple[str, nn.Module]]:
         """The models to evaluate, each after the prefix of its metrics: the raw one, and the average of its weights."""
@@ -76,9 +78,18 @@ class TaskModule(pl.LightningModule):
         seed_generators(derive_seed(self.config.run.seed, STEP_STREAM, number, self.world.rank))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self._kernels_ready:
+            self._kernels_ready = True
+            self._compile_kernels(batch[0])
         loss = self.task.training_loss(self._trained[0], batch)
         self.last_loss = loss.detach()
         return loss
+
+    def _compile_kernels(self, images: Any) -> None:
+        # those of a compiled step are compiled one after another, half a minute of them
+        for module in self.model.modules():
+            if isinstance(module, VMamba) and isinstance(images, Tensor):
+                module.compile_ahead(images)
 
     def fresh_scores(self) -> dict[str, Scores]:
         """Empty scores for every model to evaluate."""
