@@ -275,13 +275,18 @@ def test_maps_are_sums_of_contributions():
     contributions = found.weights.double() * scan.sources[0].permute(2, 0, 1)
     torch.testing.assert_close(found.by_route().double(), contributions.abs().mean(1), rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(found.all_routes().double(), contributions.sum(0).abs().mean(0), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(found.by_route(weights=True), found.weights.abs().mean(1))
+    torch.testing.assert_close(found.all_routes(weights=True), found.weights.sum(0).abs().mean(0))
 
 
 def test_the_model_is_left_as_it_was(tiny):
     tiny.train()
     tiny.stages[2].eval()
     modes = [module.training for module in tiny.modules()]
-    scan_of_layer(tiny, torch.randn(1, 3, 64, 64), "stages.0.blocks.0")
+    image, random = torch.randn(1, 3, 64, 64), torch.get_rng_state()
+    scan_of_layer(tiny, image, "stages.0.blocks.0")
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in tiny.parameters())
     with pytest.raises(ValueError, match="expected images"):
         scan_of_layer(tiny, torch.randn(1, 2, 64, 64), "stages.0.blocks.0")
     assert [module.training for module in tiny.modules()] == modes

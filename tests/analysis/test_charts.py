@@ -36,6 +36,14 @@ def test_the_picture_is_whole_and_shows_the_bars(tmp_path):
         assert (abs(pixels.astype(int) - rgb).max(axis=-1) < 8).mean() > 0.0005
 
 
+def test_a_name_without_ending_is_a_png_and_an_svg(tmp_path):
+    for name in ("a", "b"):
+        save_bars([Panel("one", "ms", BARS)], "heading", "footnote", tmp_path / name)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
+    for kind in ("png", "svg"):  # the same figure is the same file
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
 def test_a_directory_that_is_not_there_is_told(tmp_path):
     with pytest.raises(OSError, match=r"nowhere.bars\.png"):
         save_bars([Panel("one", "ms", BARS)], "heading", "footnote", tmp_path / "nowhere" / "bars.png")

@@ -115,6 +115,22 @@ def test_a_linear_layer_by_hand() -> None:
     assert model.weight.device.type == "cpu"
 
 
+def test_the_model_is_left_as_it_was() -> None:
+    model = VMamba(dims=8, depths=(1, 1, 1, 1), num_classes=3)
+    model.stages[1].eval()  # as someone does who freezes a stage
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    modes = [module.training for module in model.modules()]
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    random = torch.get_rng_state()
+    count_modules(model, (1, 3, 32, 32))
+    with pytest.raises(ValueError, match="expected images"):
+        count_modules(model, (1, 2, 32, 32))
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(map(torch.equal, gradients, (parameter.grad for parameter in model.parameters())))
+    assert torch.equal(random, torch.get_rng_state())
+
+
 def test_norms_by_hand() -> None:
     """fvcore's figures an element: 5 and 4 for a LayerNorm with and without weights, 2 and 1 for a BatchNorm."""
     layer = nn.Sequential(nn.LayerNorm(7), nn.LayerNorm(7, elementwise_affine=False), nn.GroupNorm(2, 4))

@@ -92,6 +92,16 @@ def test_flags_and_random_numbers_are_put_back():
         assert flags() == before
 
 
+def test_generators_of_other_devices_are_not_touched(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    with own_random_numbers(CPU):
+        first = torch.rand(1)
+    assert not seeded
+    torch.manual_seed(0)
+    assert torch.equal(first, torch.rand(1))
+
+
 def test_environment_names_what_bears_on_speed(monkeypatch):
     facts = environment(CPU)
     assert facts["torch"] == torch.__version__

@@ -101,15 +101,17 @@ class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
         self.patches = stack(nn.Conv2d(1, 3, 4, stride=4, bias=False))
+        self.early = nn.Identity()
         self.tokens = nn.Identity()
 
     def forward(self, x):
-        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.early(self.patches(x).flatten(2).transpose(1, 2))
         return self.tokens(torch.cat([torch.zeros(len(x), 2, 3), x], dim=1))
 
 
-def test_tokens_lie_in_a_grid_behind_the_prefix():
-    field = effective_receptive_field(Tokens(), torch.randn(1, 1, 12, 20), "tokens")
+@pytest.mark.parametrize("layer", ["early", "tokens"])  # where the prefix is not there yet, and where it is
+def test_tokens_lie_in_a_grid_behind_the_prefix(layer):
+    field = effective_receptive_field(Tokens(), torch.randn(1, 1, 12, 20), layer)
     assert field.grid == (3, 5)
     assert field.contribution[4:8, 8:12].sum() == field.contribution.sum() > 0
 
@@ -185,8 +187,9 @@ def test_mistakes_name_the_remedy(tiny):
         effective_receptive_field(tiny, images, 4)
     with pytest.raises(ValueError, match="does not say which layers"):
         effective_receptive_field(nn.Sequential(nn.Conv2d(3, 3, 1)), images)
-    with pytest.raises(ValueError, match="summed over channels, do not move with the picture"):
+    with pytest.raises(ValueError, match="summed over channels, do not move with the picture.* rectified=True"):
         effective_receptive_field(tiny, images, "head.norm")
+    assert effective_receptive_field(tiny, images, "head.norm", rectified=True).contribution.max() > 0
     with pytest.raises(ValueError, match="no map of features"):
         effective_receptive_field(tiny, images, "head.fc")
     with pytest.raises(ValueError, match="no images"):

@@ -50,10 +50,19 @@ def test_every_set_is_drawn(routes, grid, tmp_path):
 
 def test_the_same_figure_is_the_same_picture(tmp_path):
     picture = Image.new("RGB", (30, 20), (200, 80, 20))
-    files = [save_figure(route_figure("cross2d", 2, 3, picture), tmp_path / name)[0] for name in ("a", "b")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    plain = save_figure(route_figure("cross2d", 2, 3), tmp_path / "c")[0]
-    assert plain.read_bytes() != files[0].read_bytes()
+    first, second = (save_figure(route_figure("cross2d", 2, 3, picture), tmp_path / name) for name in ("a", "b"))
+    plain = save_figure(route_figure("cross2d", 2, 3), tmp_path / "c")
+    for one, again, other in zip(first, second, plain, strict=True):  # PNG, then SVG
+        assert one.read_bytes() == again.read_bytes() != other.read_bytes()
+
+
+def test_a_large_grid_says_what_its_marks_are():
+    def note(*grid):
+        return route_figure("cross2d", *grid).get_supxlabel()
+
+    assert note(9, 9) == "cross2d on a grid of 9 × 9; circle: first step, square: last; dotted: jumps"
+    assert note(4, 4) == "cross2d on a grid of 4 × 4; dotted: jumps"
+    assert note(1, 4) == "cross2d on a grid of 1 × 4"
 
 
 def test_an_animation_has_a_frame_a_step_and_fills_the_grid(tmp_path):

@@ -87,6 +87,19 @@ def test_modules_and_global_state_are_left_as_they_were(networks):
     assert after == flags
 
 
+def test_gradients_of_a_module_given_are_not_there_when_it_is_measured(networks):
+    class Looking(nn.Linear):
+        def forward(self, x):
+            assert self.weight.grad is None
+            return super().forward(x.mean((2, 3)))
+
+    looking = Looking(3, 2)
+    looking.weight.grad = torch.ones(2, 3)
+    report = measure_models({"looking": looking}, ModelSettings(**QUICK, tasks=("inference",)))
+    assert report.rows[0].error is None
+    assert torch.equal(looking.weight.grad, torch.ones(2, 3))
+
+
 def test_a_model_that_fails_has_the_reason_in_its_row(networks):
     report = measure_models({**networks, "refusing": Refusing()}, ModelSettings(**QUICK, tasks=("inference",)))
     *others, refusing = report.rows

@@ -83,6 +83,14 @@ def test_erf_of_a_fixed_size_model_at_another_size(photos, capsys):
     assert (found["grid"], found["images"], found["rectified"]) == ([6, 6], 1, True)
 
 
+def test_two_runs_of_one_model_go_by_their_names(trained, photos):
+    (photos / "other").symlink_to(photos / trained)
+    main(["erf", trained, "other", "--images", "photos", "--image-size", "32"])
+    assert [entry["model"] for entry in json.loads(Path("erf/erf.json").read_text())] == ["run", "other"]
+    with np.load("erf/erf.npz") as arrays:
+        assert sorted(arrays) == ["other, trained", "run, trained"]
+
+
 def test_fresh_weights_are_those_of_the_seed(photos, capsys):
     state = torch.get_rng_state()
     for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -112,8 +120,9 @@ def test_attention_of_a_run(trained, photos, capsys):
     # the pixel's middle, 60.5 of 70 and 10.5 of 45, in a grid of 25 x 16
     assert (first[0]["rows"], first[0]["columns"], first[0]["row"], first[0]["column"]) == ("16", "25", "3", "21")
     with np.load("deep/maps/0.npz") as arrays:
-        assert arrays[f"{last[0]}/by_route"].shape == (4, 16, 25)
-        assert arrays[f"{last[3]}/all_routes"].shape == (2, 4)
+        for quantity in ("activation", "attention"):
+            assert arrays[f"{last[0]}/{quantity}"].shape == (4, 16, 25)
+            assert arrays[f"{last[3]}/{quantity}_all_routes"].shape == (2, 4)
     assert {row["steps"] for row in table("deep/maps/0.decay_by_steps.csv")} >= {"0", "1"}
 
 
@@ -151,9 +160,14 @@ def test_routes(photos, capsys):
         ("erf runs/none --images photos", "no such run or checkpoint: runs/none"),
         ("erf vmamba_nano=none.pth --images photos", "no such run or checkpoint: none.pth"),
         ("erf vmamba_nano --images photos --out photos/0.png", "photos/0.png is a file"),
+        ("erf vmamba_nano --images photos --out photos/0.png/erf", "photos/0.png is a file"),
+        ("erf vmamba_nano vmamba_nano --images photos", "vmamba_nano is named twice"),
         ("erf vmamba_nano --images photos --device cuda:77", "cannot compute on device 'cuda:77'"),
         ("attention vmamba_nano photos/0.png --pixel 70 3", "lies outside photos/0.png, which is 70 px wide and 45 px"),
         ("attention vmamba_nano photos/0.png --pixel 3 -1", "lies outside photos/0.png"),
+        ("attention vmamba_nano photos/0.png wide/1.png --pixel 99 0", "lies outside photos/0.png"),
+        ("attention vmamba_nano wide/1.png photos/0.png --pixel 99 0", "lies outside photos/0.png"),
+        ("attention vmamba_nano photos/0.png wide/torn.png", "cannot read the image wide/torn.png"),
         ("attention vmamba_nano photos/0.png --layer stages.1.block.0", "near names: stages.1.blocks.0.ssm"),
         ("attention vmamba_nano photos/0.png --short-side 31", "--short-side must be at least 32 px"),
         ("attention vmamba_nano photos photos/0.png", "two images are called 0"),
@@ -163,10 +177,31 @@ def test_routes(photos, capsys):
         ("routes --panel 3", "--panel must be at least 50 px"),
     ],
 )
-def test_mistakes_are_one_line(photos, capsys, arguments, message):
+def test_mistakes_are_one_line(photos, make_photos, capsys, arguments, message):
+    make_photos("wide", {"": 2}, size=(100, 30))
+    (photos / "wide/torn.png").write_bytes((photos / "wide/0.png").read_bytes()[:60])
     before = sorted(photos.rglob("*"))
     assert message in fails(arguments.split(), capsys)
     assert sorted(photos.rglob("*")) == before  # nothing was written
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "erf vmamba_nano --images photos",
+        "attention vmamba_nano photos/0.png",
+        "routes",
+        "count vmamba_nano --csv a.csv",
+    ],
+)
+def test_a_folder_that_takes_no_files_is_told_before_the_work(photos, capsys, monkeypatch, arguments):
+    def refuse(dir):
+        raise OSError(30, "Read-only file system", dir)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("vmamba.cli.networks.open_network", None)
+    assert f"{photos} takes no files (Read-only file system)" in fails(arguments.split(), capsys)
+    assert sorted(file.name for file in photos.iterdir()) == ["photos"]
 
 
 @pytest.mark.parametrize("command", ["erf", "attention", "routes"])

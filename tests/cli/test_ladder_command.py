@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -28,7 +29,7 @@ def _quick(monkeypatch, tmp_path, one_thread):
 
 
 def test_tables_and_files(capsys, tmp_path) -> None:
-    main(["ladder", *QUICK, "--rungs", "plain,triton,fused,g", "--json", "a.json", "--figure", "a.png"])
+    main(["ladder", *QUICK, "--rungs", "plain,triton,fused,g", "--json", "a.json", "--csv", "a.csv", "--figure", "a"])
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out
     assert "right against the fp64 reference" in out
@@ -38,6 +39,19 @@ def test_tables_and_files(capsys, tmp_path) -> None:
     assert len(re.findall(r"^g +eager .* (1,686|571)$", out, re.MULTILINE)) == 2
     report = json.loads((tmp_path / "a.json").read_text())
     assert [len(rung["measured"]) for rung in report["rungs"]] == [2, 0, 2, 2]
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["rung"], row["task"]) for row in rows[:3]] == [
+        ("plain", "inference"),
+        ("plain", "training"),
+        ("triton", "inference"),
+    ]
+    assert float(rows[0]["images_per_second"]) == report["rungs"][0]["measured"][0]["images_per_second"]
+    assert {row["batch"] for row in rows} == {"2"}
+    assert rows[2]["error"] == "its kernels run on CUDA devices, not on cpu"
+    assert rows[-1]["published_images_per_second_a100_fp32"] == "571"
+    assert out.endswith("figures: a.json\nrows: a.csv\nchart: a.png a.svg\n")
+    assert "<svg" in (tmp_path / "a.svg").read_text()
     with Image.open(tmp_path / "a.png") as image:
         assert min(image.size) > 300
 
@@ -64,6 +78,7 @@ def test_mistakes_are_told(capsys) -> None:
         (["--rungs", "h"], "no rung h"),
         (["--figure", "a.pdf"], "must end in .png or .svg"),
         (["--json", "nowhere/a.json"], "there is no directory nowhere"),
+        (["--csv", "."], "cannot write .: it is a directory"),
         (["--task", "flight"], "unknown 'flight'"),
     ):
         with pytest.raises(SystemExit) as stop:

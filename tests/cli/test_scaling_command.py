@@ -48,6 +48,12 @@ def test_accuracy_of_a_checkpoint_over_test_sizes(capsys, tmp_path, make_photos)
     assert re.search(r"^48 +[\d.]+ ", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_a_misspelt_model_is_told_before_the_checkpoint_is_evaluated(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["scaling", "vmamba_nan", *QUICK[1:], "--checkpoint", "not opened"])
+    assert "did you mean vmamba_nano" in capsys.readouterr().err
+
+
 def test_mistakes_are_told(capsys) -> None:
     for arguments, message in (
         (["--sizes", "32;64"], "--sizes takes numbers"),
@@ -55,6 +61,7 @@ def test_mistakes_are_told(capsys) -> None:
         (["--figure", "a.pdf"], "must end in .png or .svg"),
         (["--csv", "nowhere/a.csv"], "there is no directory nowhere"),
         (["--mode", "eager,compile"], "in one mode"),
+        (["--batch", "0"], "batch must be at least 1, not 0"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["scaling", *QUICK, *arguments])

@@ -111,12 +111,12 @@ class AttentionMap:
         # the columns read what the rows gave, so the rows are in their sources already
         return by_route[2:].sum(0) if self.routes == "cascade2d" else by_route.sum(0)
 
-    def by_route(self) -> Tensor:
-        """(K, H, W): the contributions' absolute values, mean over channels."""
-        return self.contributions().abs().mean(1)
+    def by_route(self, *, weights: bool = False) -> Tensor:
+        """(K, H, W): the contributions' absolute values, mean over channels; with `weights` those of the weights."""
+        return self._values(weights).abs().mean(1)
 
-    def all_routes(self) -> Tensor:
-        """(H, W): the same of the routes' sum; contributions of two routes may cancel.
+    def all_routes(self, *, weights: bool = False) -> Tensor:
+        """(H, W): the same of the routes' sum; what two routes give may cancel.
 
         Raises:
             ValueError: for "cascade2d", whose columns read the normalised output of its rows: their contributions
@@ -127,7 +127,10 @@ class AttentionMap:
                 "cascade2d has no map of all routes: its columns read the normalised output of its rows, which is not "
                 "linear in the scan's input. Look at by_route(): rows 0 and 1, columns 2 and 3"
             )
-        return self.contributions().sum(0).abs().mean(0)
+        return self._values(weights).sum(0).abs().mean(0)
+
+    def _values(self, weights: bool) -> Tensor:
+        return self.weights if weights else self.contributions()
 
     def half_life(self) -> list[float]:
         """For each route the steps after which less than half of a state is left, in the mean over channels and states;

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._figures import BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILLION, new_figure
-from .._files import write_aside
+from .figures import figure_files, write_figure
 
-__all__ = ["COLOURS", "Bar", "Panel", "figure_format", "save_bars"]
+__all__ = ["COLOURS", "Bar", "Panel", "save_bars"]
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY_BLUE, VERMILLION)
 
@@ -36,27 +36,15 @@ class Panel(NamedTuple):
     log: bool = False
 
 
-def figure_format(path: Path) -> str:
-    """ "png" or "svg", by the end of a file's name.
-
-    Raises:
-        ValueError: it is another one.
-    """
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg"):
-        raise ValueError(f"cannot draw {path}: a figure's name must end in .png or .svg")
-    return kind
-
-
 def save_bars(panels: Sequence[Panel], heading: str, footnote: str, path: Path) -> None:
     """Draw horizontal bars, one panel beneath the other, each bar with its value; whiskers from least to most.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
         OSError: the file could not be written.
-        ValueError: `path` ends in neither .png nor .svg.
+        ValueError: `path` has another ending than .png or .svg; without one both are written.
     """
-    kind = figure_format(path)
+    files = figure_files(path)
     series = list(dict.fromkeys(bar.series for panel in panels for bar in panel.bars))
     heights = [0.9 + 0.3 * len(panel.bars) for panel in panels]
     figure = new_figure(9.5, sum(heights) + 1.5)
@@ -65,7 +53,7 @@ def save_bars(panels: Sequence[Panel], heading: str, footnote: str, path: Path) 
     for axes, panel in zip(grid, panels, strict=True):
         _draw(axes, panel, series)
     figure.supxlabel(footnote, fontsize=7)
-    write_aside(path, lambda aside: figure.savefig(aside, format=kind, dpi=120))
+    write_figure(figure, files)
 
 
 def _short(value: float) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._figures import new_figure
-from .._files import write_aside
-from .charts import COLOURS, figure_format
+from .charts import COLOURS
+from .figures import figure_files, write_figure
 
 __all__ = ["Curve", "Plot", "save_curves"]
 
@@ -43,9 +43,9 @@ def save_curves(plots: Sequence[Plot], heading: str, footnote: str, path: Path) 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
         OSError: the file could not be written.
-        ValueError: `path` ends in neither .png nor .svg.
+        ValueError: `path` has another ending than .png or .svg; without one both are written.
     """
-    kind = figure_format(path)
+    files = figure_files(path)
     series = list(dict.fromkeys(curve.series for plot in plots for curve in plot.curves))
     rows = -(-len(plots) // 2)
     figure = new_figure(11, 4.3 * rows + 0.8)
@@ -56,7 +56,7 @@ def save_curves(plots: Sequence[Plot], heading: str, footnote: str, path: Path) 
     for axes in grid[len(plots) :]:
         axes.remove()
     figure.supxlabel(footnote, fontsize=7)
-    write_aside(path, lambda aside: figure.savefig(aside, format=kind, dpi=120))
+    write_figure(figure, files)
 
 
 def draw(axes, plot: Plot, series: Sequence[str]) -> None:

@@ -127,8 +127,8 @@ def save_attention(
 ) -> list[Path]:
     """Write what the layers read at one place of a picture into `out`, under names that start with `name`.
 
-    .attention, .similarity, .decay: the maps over the picture, PNG and SVG. .decay_by_steps: curves, PNG, SVG and CSV.
-    .csv: `LayerAttention.table`. .json: the same and `about`. .npz: the maps, fp32.
+    .activation, .attention, .similarity, .decay: the maps over the picture, PNG and SVG. .decay_by_steps: curves, PNG,
+    SVG and CSV. .csv: `LayerAttention.table`. .json: the same and `about`. .npz: the maps, fp32.
 
     Raises:
         OSError: a file could not be written.
@@ -191,9 +191,11 @@ def _decay_table(layer: LayerAttention) -> list[dict[str, Any]]:
 
 def _arrays(layer: LayerAttention) -> list[tuple[str, np.ndarray]]:
     found = layer.map
-    arrays = [("by_route", found.by_route()), ("similarity", found.similarity), ("decay", found.decay)]
-    if found.routes != "cascade2d":
-        arrays.append(("all_routes", found.all_routes()))
+    arrays = [("similarity", found.similarity), ("decay", found.decay)]
+    for key, weights in (("activation", False), ("attention", True)):
+        arrays.append((key, found.by_route(weights=weights)))
+        if found.routes != "cascade2d":
+            arrays.append((f"{key}_all_routes", found.all_routes(weights=weights)))
     return [(key, tensor.float().cpu().numpy()) for key, tensor in arrays]
 
 

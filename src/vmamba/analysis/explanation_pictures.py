@@ -27,10 +27,12 @@ MARKER = VERMILLION  # which viridis does not have
 LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 
 QUANTITIES = {
-    "attention": "contribution to the query pixel's output, |weight x input|, mean over channels",
-    "similarity": "similarity |C · B| of the query pixel with every pixel its walk has read (Q K^T, no decay)",
+    "activation": "contribution to the query pixel's output, |weight × input|, mean over channels",
+    "attention": "attention of the query pixel to every pixel, |weight|, mean over channels",
+    "similarity": r"similarity |C · B| of the query pixel with every pixel its walk has read ($QK^\mathsf{T}$)",
     "decay": "what is left of a pixel's state when the walk arrives at the query pixel",
 }
+OF_ALL_ROUTES = ("activation", "attention")  # which have a map of all routes together, too
 
 
 def route_names(routes: str) -> list[str]:
@@ -103,7 +105,7 @@ def _draw_field(axes: Axes, title: str, field: ReceptiveField, norm):
 
 
 def attention_figure(
-    picture: Image.Image, maps: Sequence[tuple[str, AttentionMap]], quantity: str = "attention"
+    picture: Image.Image, maps: Sequence[tuple[str, AttentionMap]], quantity: str = "activation"
 ) -> Figure:
     """Maps of one query pixel over the picture: a row for every layer, a column for every route, and all together.
 
@@ -112,7 +114,7 @@ def attention_figure(
     Args:
         picture: what the model saw, of its aspect; drawn in grey under the maps.
         maps: for every row its name and map, such as of layers of one network.
-        quantity: "attention", "similarity" or "decay", see `QUANTITIES`.
+        quantity: "activation", "attention", "similarity" or "decay", see `QUANTITIES`.
 
     Raises:
         ValueError: an unknown quantity.
@@ -122,7 +124,7 @@ def attention_figure(
     colors = _colors()
     picture = picture.copy()
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    has_all = quantity == "attention" and all(m.routes != "cascade2d" for _, m in maps)
+    has_all = quantity in OF_ALL_ROUTES and all(m.routes != "cascade2d" for _, m in maps)
     columns = 1 + len(maps[0][1].weights) + has_all
     panel = 1.75
     figure = new_figure(panel * columns + 1.1, (panel * picture.height / picture.width + 0.1) * len(maps) + 0.4)
@@ -136,30 +138,33 @@ def attention_figure(
         shown_maps = _maps_of(found, quantity)
         largest = 1.0 if quantity == "decay" else max(float(m.max()) for m in shown_maps) or 1.0
         axes_row[0].imshow(picture)
-        axes_row[0].set_ylabel(f"{name}\n{shown_maps[0].shape[0]} x {shown_maps[0].shape[1]}", fontsize=7.5)
+        axes_row[0].set_ylabel(f"{name}\n{shown_maps[0].shape[0]} × {shown_maps[0].shape[1]}", fontsize=7.5)
         for axes, values in zip(axes_row, [None, *shown_maps], strict=True):
             axes.set_xticks([])
             axes.set_yticks([])
             if values is not None:
                 shown = _overlay(axes, grey, values / largest, norm)
             _frame(axes, found.pixel, shown_maps[0].shape, picture.size)
-    _add_colour_bar(figure, grid, shown, "share" if quantity == "decay" else "share of the row's largest")
+    _add_colour_bar(figure, grid, shown, "share left" if quantity == "decay" else "share of the row's largest")
     figure.supxlabel(QUANTITIES[quantity], fontsize=7)
     return figure
 
 
 def _add_colour_bar(figure: Figure, grid: np.ndarray, shown, label: str) -> None:
     shrink = min(0.9, 3.0 / figure.get_figheight())  # three inches are enough to read it
-    bar = figure.colorbar(shown, ax=grid.ravel().tolist(), shrink=shrink, aspect=25, pad=0.015)
+    # a logarithmic scale ends somewhere: what is less has its last colour
+    extend = "min" if isinstance(shown.norm, _colors().LogNorm) else "neither"
+    bar = figure.colorbar(shown, ax=grid.ravel().tolist(), shrink=shrink, aspect=25, pad=0.015, extend=extend)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
 
 def _maps_of(found: AttentionMap, quantity: str) -> list[np.ndarray]:
-    if quantity == "attention":
-        maps = list(found.by_route())
+    if quantity in OF_ALL_ROUTES:
+        weights = quantity == "attention"
+        maps = list(found.by_route(weights=weights))
         if found.routes != "cascade2d":
-            maps.append(found.all_routes())
+            maps.append(found.all_routes(weights=weights))
     else:
         maps = list(found.similarity.abs() if quantity == "similarity" else found.decay)
     return [m.cpu().numpy() for m in maps]

@@ -169,6 +169,18 @@ class LadderReport:
     def valid(self) -> bool:
         return self.verdict.right
 
+    def records(self) -> list[dict[str, Any]]:
+        """A plain record for each rung, task and mode, measured, not yet measured, or unavailable with the reason."""
+        return [
+            _record(row, row.at(task, mode) or self._not_there(row, task, mode))
+            for row in self.rows
+            for task in self.settings.tasks
+            for mode in self.settings.modes
+        ]
+
+    def _not_there(self, row: LadderRow, task: str, mode: str) -> ModelRow:
+        return ModelRow(task, row.rung.name, mode, self.settings.batch, error=row.unavailable or "not measured")
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; times in milliseconds, memory in GB of 1e9 bytes."""
         return {
@@ -280,7 +292,7 @@ def _layer_results(wrap: Callable[[SS2D], nn.Module], device: torch.device, dtyp
     """y and the gradients of x and all parameters, on the CPU, of a small layer as the vanilla network's are."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         layer = SS2D(32, d_state=16, ssm_ratio=2.0, gate=True, conv_bias=True)
     x, gy = (torch.randn(2, 9, 14, 32, generator=generator) for _ in range(2))
     half = dtype in (torch.bfloat16, torch.float16)
@@ -309,6 +321,18 @@ def _unavailable(rung: Rung, device: torch.device) -> str:
     if rung.backend is None:
         return ""
     return backends(device)[rung.backend.scan].reason
+
+
+def _record(row: LadderRow, case: ModelRow) -> dict[str, Any]:
+    return {
+        "rung": row.rung.name,
+        "step": row.rung.step,
+        "change": row.rung.change,
+        **row.complexity._asdict(),
+        **_measured(case),
+        "published_images_per_second_a100_fp32": getattr(row.rung.published, case.task),
+        "published_top1": row.rung.published.top1,
+    }
 
 
 def _measured(row: ModelRow) -> dict[str, Any]:

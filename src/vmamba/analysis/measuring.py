@@ -146,9 +146,12 @@ def numeric_flags(tf32: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Random numbers from seed 0; the caller's generators are put back afterwards."""
+    """Random numbers from seed 0; the caller's generators are put back afterwards, other devices' not touched."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
         yield
 
 

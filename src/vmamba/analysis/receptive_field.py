@@ -173,7 +173,8 @@ def _check_sum_moves(features: Tensor, batch: Tensor, name: str) -> None:
     if sizes[0] < LEAST_MOTION * sizes[1]:
         raise ValueError(
             f"the features of {name!r}, summed over channels, do not move with the picture, as behind a LayerNorm "
-            "whose weights are all the same: take the layer before it"
+            "whose weights are all the same: take the layer before it, or positive features alone, with "
+            "rectified=True (--rectified)"
         )
 
 
@@ -183,9 +184,12 @@ def _centre(
     """The features (B, C) at the centre of the grid, and the grid (h, w)."""
     layout = layout or _layout(tuple(features.shape), size, name)
     if layout == "NLC":
-        tokens = features[:, getattr(model, "num_prefix_tokens", 0) :] if features.ndim == 3 else features
-        grid = _token_grid(tokens.shape[1], size) if tokens.ndim == 3 else None
-        if grid is None:
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        # some networks add the tokens that are not of the picture in their last layers only
+        for tokens in (features[:, prefix:], features) if features.ndim == 3 else ():
+            if (grid := _token_grid(tokens.shape[1], size)) is not None:
+                break
+        else:
             raise ValueError(f"the output {tuple(features.shape)} of {name!r} is no grid of tokens: take another layer")
         return tokens[:, grid[0] // 2 * grid[1] + grid[1] // 2], grid
     if features.ndim != 4:

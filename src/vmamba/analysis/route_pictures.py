@@ -92,7 +92,11 @@ def route_figure(routes: str, height: int, width: int, picture: Image.Image | No
 
 
 def _note(routes: str, height: int, width: int) -> str:
-    note = f"{routes} on a grid of {height} x {width}"
+    note = f"{routes} on a grid of {height} × {width}"
+    if height * width > NUMBERED:
+        note += "; circle: first step, square: last"
+    if routes != "cascade2d" and min(height, width) > 1:
+        note += "; dotted: jumps"
     if routes == "cascade2d":
         note += "; each line is a scan of its own, columns scan what the rows gave; reversed scans are added unflipped"
     return note

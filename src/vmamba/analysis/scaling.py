@@ -27,6 +27,7 @@ __all__ = [
     "ScalingRow",
     "Slope",
     "accuracy_by_size",
+    "check_scaling",
     "fit_slope",
     "measure_scaling",
 ]
@@ -218,19 +219,9 @@ def measure_scaling(
     start = time.monotonic()
     settings = settings or ModelSettings(tasks=("inference", "training"), repeats=3)
     device = checked_device(settings.device)
-    if set(settings.tasks) - {"inference", "training"}:
-        raise ValueError(f"scaling is measured in inference and training, not in {', '.join(settings.tasks)}")
-    modes = settings.modes or ("eager",)
-    if len(modes) != 1:
-        raise ValueError(f"scaling is measured in one mode, not in {', '.join(modes)}")
-    if not models or not sizes:
-        raise ValueError("name at least one model and one size")
-    if min(sizes) < 1:
-        raise ValueError(f"sizes must be positive, not {min(sizes)}")
+    check_scaling(models, sizes, settings)
     modules = dict(models) if isinstance(models, Mapping) else dict.fromkeys(models)
-    for name, module in modules.items():
-        if module is None:
-            check_name(name)
+    modes = settings.modes or ("eager",)
     settings = filled_in(replace(settings, modes=modes), device)
     facts = environment(device)
     weights, autocast = DTYPES[settings.dtype]
@@ -256,6 +247,27 @@ def measure_scaling(
                     report.rows.append(ScalingRow(name, size, task, complexity, row, weights.itemsize))
                     finished(report)
     return report
+
+
+def check_scaling(
+    models: Sequence[str] | Mapping[str, nn.Module], sizes: Sequence[int], settings: ModelSettings
+) -> None:
+    """Find out before anything is measured whether `measure_scaling` takes what it is asked for.
+
+    Raises:
+        ValueError: as `measure_scaling`.
+    """
+    if set(settings.tasks) - {"inference", "training"}:
+        raise ValueError(f"scaling is measured in inference and training, not in {', '.join(settings.tasks)}")
+    if settings.modes and len(settings.modes) != 1:
+        raise ValueError(f"scaling is measured in one mode, not in {', '.join(settings.modes)}")
+    if not models or not sizes:
+        raise ValueError("name at least one model and one size")
+    if min(sizes) < 1:
+        raise ValueError(f"sizes must be positive, not {min(sizes)}")
+    for name in models:
+        if not isinstance(models, Mapping):
+            check_name(name)
 
 
 def accuracy_by_size(

@@ -297,6 +297,7 @@ class _Case:
         settings, row = self.settings, self.row
         size = (settings.size, settings.size)
         model = copy.deepcopy(self.module) if self.module is not None else make_model(row.model, size)
+        model.zero_grad(set_to_none=True)  # gradients of a module given would count as memory of a step
         images = torch.randn(row.batch, 3, *size, device=self.device)
         row.channels_last = settings.channels_last == "on" or (
             settings.channels_last == "auto" and _is_convolutional(model)

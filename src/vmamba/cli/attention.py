@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   vmamba attention vmamba_tiny_s1l8=vssm1_tiny_0230s_ckpt_epoch_264.pth fox.jpg --short-side 448
   vmamba attention vmamba_tiny_s1l8 fox.jpg --layer stages.2.blocks.0 --layer stages.2.blocks.7
 
-For fox.jpg writes into --out: fox.attention, fox.similarity and fox.decay, maps over the picture, and
+For fox.jpg writes into --out: fox.activation, fox.attention, fox.similarity and fox.decay, maps over the picture, and
 fox.decay_by_steps, each as PNG and SVG; numbers as CSV and JSON, maps as NPZ. docs/analysis.md says what they mean."""
 
 
@@ -63,13 +63,14 @@ def run(options: argparse.Namespace) -> None:
     names = ss2d_layers(network.model)
     layers = [ss2d_layer(network.model, layer) for layer in options.layer or _last_of_every_stage(names)]
     model = network.model.to(options.device)
-    for file in files:
-        picture = read_image(file)
-        x, y = options.pixel or (picture.width // 2, picture.height // 2)
+    pictures = [read_image(file) for file in files]
+    pixels = [options.pixel or (picture.width // 2, picture.height // 2) for picture in pictures]
+    for file, picture, (x, y) in zip(files, pictures, pixels, strict=True):
         if not (0 <= x < picture.width and 0 <= y < picture.height):
             raise ValueError(
                 f"the pixel {x} {y} lies outside {file}, which is {picture.width} px wide and {picture.height} px high"
             )
+    for file, picture, (x, y) in zip(files, pictures, pixels, strict=True):
         size = tuple(round(short_side * side / min(picture.size)) for side in (picture.height, picture.width))
         whole = network.preprocessing.at(size, crop_pct=1.0)
         image = evaluation_transform(_squashed(whole))(picture)[None]

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .tables import check_figure, check_writable, print_table
+from .tables import check_figure, check_writable, name_files, print_table
 
 if TYPE_CHECKING:
     from ..analysis import ModelReport, OperatorReport
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tf32", action="store_true", default=None, help="let fp32 products use TF32")
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default 7)")
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
-    parser.add_argument("--png", metavar="FILE", help="also draw a bar chart (.png or .svg)")
+    parser.add_argument("--png", metavar="FILE", help="also draw a bar chart (.png, .svg; no ending: both)")
     models = parser.add_argument_group("of models")
     models.add_argument("--task", metavar="LIST", help="some of inference,latency,training (default all three)")
     models.add_argument(
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
 
         panels = _operator_panels(report) if options.op else _model_panels(report)
         save_bars(panels, _heading(report), _footnote(report), Path(options.png))
-        print(f"chart: {options.png}")
+        print(f"chart: {name_files(options.png)}")
     if not report.valid:
         sys.exit(1)
 

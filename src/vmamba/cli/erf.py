@@ -62,7 +62,15 @@ def run(options: argparse.Namespace) -> None:
     files = list_images(options.images)
     # evenly spread, so that folders of one class each are all seen
     files = [files[i * len(files) // min(options.count, len(files))] for i in range(min(options.count, len(files)))]
+    if twice := [named for named in options.models if options.models.count(named) > 1]:
+        raise ValueError(f"{twice[0]} is named twice: its fields would be the same")
     networks = [open_network(named, options, options.image_size) for named in options.models]
+    called = [(network.name, network.state) for network in networks]
+    # two runs of one model go by what the user calls them
+    networks = [
+        network._replace(name=named) if called.count((network.name, network.state)) > 1 else network
+        for named, network in zip(options.models, networks, strict=True)
+    ]
     first = networks[0].preprocessing.at(options.image_size)
     pictures = [read_image(file) for file in files]
     layer = int(options.layer) if re.fullmatch(r"-?\d+", options.layer) else options.layer

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .tables import check_figure, check_writable, describe_conditions, print_table
+from .tables import check_figure, check_writable, describe_conditions, name_files, print_table, write_csv
 
 if TYPE_CHECKING:
     from ..analysis import LadderReport, ModelSettings
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NAME = "ladder"
 HELP = "measure the paper's acceleration steps, rung by rung"
 EXAMPLES = """examples:
-  vmamba ladder --json ladder.json --figure ladder.png
+  vmamba ladder --json ladder.json --csv ladder.csv --figure ladder
   vmamba ladder --rungs fused,f,g --mode compile --batch 256
   vmamba ladder --device cpu --size 64 --batch 2 --figure ladder.svg
 
@@ -47,13 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit", type=float, default=480, metavar="S", help="begin no measurement after S seconds (default 480)"
     )
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
-    parser.add_argument("--figure", metavar="FILE", help="also draw a bar chart (.png or .svg)")
+    parser.add_argument("--csv", metavar="FILE", help="also write a row for every measurement as CSV")
+    parser.add_argument("--figure", metavar="FILE", help="also draw a bar chart (.png, .svg; no ending: both)")
 
 
 def run(options: argparse.Namespace) -> None:
     from ..analysis import ModelSettings, climb_ladder
 
-    check_writable(options.json)
+    check_writable(options.json, options.csv)
     check_figure(options.figure)
     settings = ModelSettings(
         device=options.device,
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         finished=lambda report: _write(report, options),
     )
     _print(report)
-    for what, path in (("figures", options.json), ("chart", options.figure)):
+    for what, path in (("figures", options.json), ("rows", options.csv), ("chart", name_files(options.figure))):
         if path and report.valid:
             print(f"{what}: {path}")
     if not report.valid:
@@ -85,12 +86,17 @@ def _write(report: LadderReport, options: argparse.Namespace) -> None:
 
     if options.json:
         write_text(json.dumps(report.as_dict(), indent=2) + "\n", options.json)
+    if options.csv:
+        records = report.records()
+        write_csv(list(records[0]), [list(record.values()) for record in records], options.csv)
     if options.figure:
         from ..analysis.charts import save_bars
 
         settings = report.settings
         heading = f"VMamba-T, rung by rung: {report.environment['device']}, batch {settings.batch}, {settings.size} px"
-        save_bars(_panels(report), heading, describe_conditions(report.environment, settings), Path(options.figure))
+        conditions = describe_conditions(report.environment, settings)
+        footnote = f"{conditions}, whiskers from the least to the most"
+        save_bars(_panels(report), heading, footnote, Path(options.figure))
 
 
 def _print(report: LadderReport) -> None:

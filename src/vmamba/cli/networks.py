@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .tables import check_folder
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -52,7 +54,7 @@ def open_network(named: str, options: argparse.Namespace, size: int | None = Non
 
     def fresh(name: str, **kwargs) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
+            torch.default_generator.manual_seed(options.seed)
             return make_model(name, **kwargs).eval()
 
     name, _, file = named.rpartition("=")
@@ -76,10 +78,9 @@ def check_drawing(out: str) -> None:
     """Find out before minutes of computing whether figures can be drawn and where they can be written.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing. ValueError: `out` is a file.
+        ModuleNotFoundError: matplotlib is missing. OSError: nothing can be written into `out`.
     """
     from .._extras import require
 
     require("matplotlib.figure", "train")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"--out names a folder to write into, and {out} is a file: choose another name")
+    check_folder(out)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .tables import check_figure, check_writable, describe_conditions, print_table, write_csv
+from .tables import check_figure, check_writable, describe_conditions, name_files, print_table, write_csv
 
 if TYPE_CHECKING:
     from ..analysis import ScalingReport
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NAME = "scaling"
 HELP = "measure how FLOPs, time, memory and accuracy change with the image size"
 EXAMPLES = """examples:
-  vmamba scaling --json scaling.json --csv scaling.csv --figure scaling.png
+  vmamba scaling --json scaling.json --csv scaling.csv --figure scaling
   vmamba scaling vmamba_tiny_s1l8 convnext_tiny --sizes 224,448,896 --task inference --mode compile
   vmamba scaling vmamba_nano convnext_atto --device cpu --sizes 64,96,128 --batch 1
   vmamba scaling --checkpoint runs/imagenette --data imagenette/ --accuracy-sizes 128,192,224,288,384
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--csv", metavar="FILE", help="also write the rows as CSV")
-    parser.add_argument("--figure", metavar="FILE", help="also draw the curves (.png or .svg)")
+    parser.add_argument("--figure", metavar="FILE", help="also draw the curves (.png, .svg; no ending: both)")
     accuracy = parser.add_argument_group("accuracy of a trained classifier")
     accuracy.add_argument("--checkpoint", metavar="RUN", help="run directory or file of weights")
     accuracy.add_argument("--checkpoint-model", metavar="NAME", help="the model of a file of bare weights")
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..analysis import ModelSettings, accuracy_by_size, measure_scaling
     from ..analysis.measuring import checked_device
+    from ..analysis.scaling import check_scaling
 
     check_writable(options.json, options.csv)
     check_figure(options.figure)
@@ -79,11 +80,13 @@ def run(options: argparse.Namespace) -> None:
         device=options.device,
         tasks=tuple(options.task.split(",")),
         modes=tuple(options.mode.split(",")),
-        batch=options.batch or (None if on_cuda else 2),
+        batch=2 if options.batch is None and not on_cuda else options.batch,
         dtype=options.dtype,
         tf32=options.tf32,
         repeats=options.repeats,
     )
+    models = options.models or MODELS
+    check_scaling(models, sizes, settings)
     # first, since it finds out whether checkpoint and data are there
     accuracy = []
     if options.checkpoint:
@@ -94,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
         _write(report, options)
 
     report = measure_scaling(
-        options.models or MODELS,
+        models,
         sizes,
         settings,
         time_limit=options.time_limit,
@@ -102,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
         finished=finished,
     )
     _print(report)
-    for what, path in (("figures", options.json), ("rows", options.csv), ("curves", options.figure)):
+    for what, path in (("figures", options.json), ("rows", options.csv), ("curves", name_files(options.figure))):
         if path and report.valid:
             print(f"{what}: {path}")
     if not report.valid:
@@ -149,7 +152,7 @@ def _write(report: ScalingReport, options: argparse.Namespace) -> None:
         from ..analysis.curves import save_curves
 
         settings = report.settings
-        heading = f"Cost against image size: {report.environment['device']}, {settings.batch} x 224 x 224 px a batch"
+        heading = f"Cost against image size: {report.environment['device']}, {settings.batch} × 224 × 224 px a batch"
         footnote = describe_conditions(report.environment, settings)
         save_curves(_plots(report), heading, footnote, Path(options.figure))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,38 +27,67 @@ def describe_conditions(environment: Mapping[str, Any], settings: Any) -> str:
     if settings.device == "cpu":
         versions.append(f"{environment['threads']} threads")
     tf32 = "on" if settings.tf32 else "off"
-    return (
-        f"{environment['device']}; {settings.dtype}, TF32 {tf32}; {', '.join(versions)}; medians of {settings.repeats} "
-        "rounds, with the least and the most"
-    )
+    rounds = f"medians of {settings.repeats} rounds"
+    return f"{environment['device']}; {settings.dtype}, TF32 {tf32}; {', '.join(versions)}; {rounds}"
 
 
-def check_writable(*paths: str | None) -> None:
-    """Find out before the work whether files can be written where they are asked for.
+def check_writable(*paths: str | Path | None) -> None:
+    """Find out before the work whether files can be written where they are asked for. Leaves nothing behind.
 
     Raises:
-        FileNotFoundError: naming the file whose directory does not exist.
+        OSError: naming the file whose directory does not exist or cannot be written to, or that is a directory.
     """
-    for path in paths:
-        if path and not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f"cannot write {path}: there is no directory {Path(path).parent}")
+    for path in map(Path, filter(None, paths)):
+        parent = path.absolute().parent
+        if not parent.is_dir():
+            raise FileNotFoundError(f"cannot write {path}: there is no directory {path.parent}")
+        if path.is_dir():
+            raise IsADirectoryError(f"cannot write {path}: it is a directory, name a file in it")
+        _try_to_write(path, parent)
+
+
+def check_folder(out: str) -> None:
+    """Find out before the work whether files can be written into a folder, which may not be there yet.
+
+    Raises:
+        OSError: the folder is a file, lies below one, or cannot be written to or made.
+    """
+    folder = Path(out).absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"cannot write into {out}: {nearest} is a file, name another folder")
+    _try_to_write(out, nearest)
+
+
+def _try_to_write(what: str | Path, folder: Path) -> None:
+    try:
+        # what a user may do is not all there is to know: file systems are read-only, or take no files at all
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"cannot write {what}: {folder} takes no files ({error.strerror})") from error
+
+
+def name_files(figure: str | None) -> str | None:
+    """The files of a figure that was asked for as `figure`, in one line."""
+    from ..analysis.figures import figure_files
+
+    return figure and " ".join(map(str, figure_files(figure)))
 
 
 def check_figure(path: str | None) -> None:
     """Find out before the work whether a figure can be drawn to `path`.
 
     Raises:
-        FileNotFoundError: its directory does not exist.
-        ValueError: it ends in neither .png nor .svg.
+        OSError: as `check_writable`.
+        ValueError: it ends in neither .png nor .svg, which both are drawn without an ending.
         ModuleNotFoundError: matplotlib is missing.
     """
     if not path:
         return
     from .._extras import require
-    from ..analysis.charts import figure_format
+    from ..analysis.figures import figure_files
 
-    check_writable(path)
-    figure_format(Path(path))
+    check_writable(*figure_files(path))
     require("matplotlib.figure", "train")
 
 
