@@ -83,7 +83,7 @@ def test_gradients_are_gone_through_in_the_thread_of_the_context(contexts):
             return g
 
     x = torch.ones(3, requires_grad=True)
-    ahead.compile_ahead(lambda: Spy.apply(x), x, [x])
+    ahead.compile_ahead(("a step",), lambda: Spy.apply(x), x, [x])
     assert threads == contexts == [threading.current_thread()]
     assert x.grad is None
 
@@ -95,13 +95,16 @@ def test_whoever_looks_on_sees_one_step(contexts, model):
         model(image())
     assert len(seen) == 1
     handle.remove()
-    ahead._seen.clear()
     with torch.no_grad(), FlopCounterMode(display=False) as first:
         model(image())
     with torch.no_grad(), FlopCounterMode(display=False) as second:
         model(image())
     assert first.get_total_flops() == second.get_total_flops()
     assert not contexts
+    # and takes nothing from the first step that nobody looks at
+    with torch.no_grad():
+        model(image())
+    assert len(contexts) == 1
 
 
 def test_buffers_may_count_what_passes(contexts, model):

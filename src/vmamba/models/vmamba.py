@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vmamba.layers import DOWNSAMPLES, SS2D, STEMS, ClassifierHead, VSSBlock, make_mlp
 from vmamba.layers.fusion import is_untouched
-from vmamba.ops.ahead import compile_ahead, is_first
+from vmamba.ops.ahead import compile_ahead, first_step
 
 from .config import VMambaConfig
 
@@ -272,9 +272,10 @@ class VMamba(nn.Module):
         """
         kind = (self.config, self.in_chans, len(self.stages), self.training)
         # hooks would see numbers that mean nothing, and buffers may count what passes
-        if is_first(kind, x) and is_untouched(self) and not any(True for _ in self.buffers()):
+        first = first_step(kind, x)
+        if first is not None and is_untouched(self) and not any(True for _ in self.buffers()):
             x = x.detach()
-            compile_ahead(lambda: self.stages(self._embed(x)), x, self.parameters())
+            compile_ahead(first, lambda: self.stages(self._embed(x)), x, self.parameters())
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H, W) as from `forward_features` -> scores (B, num_classes), or the pooled features (B, C)."""

@@ -17,13 +17,13 @@ from torch import Tensor
 from .dispatch import BACKENDS, choose
 from .library import is_transformed
 
-__all__ = ["compile_ahead", "is_first"]
+__all__ = ["compile_ahead", "first_step"]
 
 _seen: set[tuple] = set()
 
 
-def is_first(kind: Hashable, x: Tensor) -> bool:
-    """Whether a step of that kind on x is the first in this process, and may be gone through ahead; True once.
+def first_step(kind: Hashable, x: Tensor) -> tuple | None:
+    """What `compile_ahead` is to know a step of that kind on x by, if it is the first and may be gone through ahead.
 
     kind: what the network is and how it runs. What x (B, C, H, W) is, autocast and whether gradients are recorded are
     added, and of sizes the power of two: images one by one take other kernels than many, those of 256 pixels nearly
@@ -32,14 +32,14 @@ def is_first(kind: Hashable, x: Tensor) -> bool:
     device = x.device.type
     # who traces would take in what is thrown away here; torch.compile meets operators and no kernel
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
+        return None
     if BACKENDS[choose("auto", device)].compile_ahead is None:
-        return False
+        return None
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     sizes = tuple(shape.numel().bit_length() for shape in (x.shape[:1], x.shape[2:]))
     kind = (kind, sizes, x.device, x.dtype, autocast, torch.is_grad_enabled())
     if kind in _seen:
-        return False
+        return None
     # and so would these
     if (
         type(x) is not Tensor
@@ -48,16 +48,17 @@ def is_first(kind: Hashable, x: Tensor) -> bool:
         or torch.is_anomaly_enabled()
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
-        return False
-    _seen.add(kind)
-    return True
+        return None
+    return kind
 
 
-def compile_ahead(step: Callable[[], Tensor], x: Tensor, parameters: Iterable[Tensor]) -> None:
+def compile_ahead(known: tuple, step: Callable[[], Tensor], x: Tensor, parameters: Iterable[Tensor]) -> None:
     """Compile what `step` launches, and what the gradients of `parameters` take where they are recorded.
 
     Random numbers are drawn as if nothing had happened, and no gradient is kept. `step` must have no other effects.
+    `known` is from `first_step`; the next step of its kind is no longer the first.
     """
+    _seen.add(known)
     devices = [] if x.device.index is None else [x.device.index]
     context = BACKENDS[choose("auto", x.device.type)].compile_ahead
     # what goes wrong here goes wrong in the step itself, which says it better
