@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from vmamba.doctor import Level, loader
 from vmamba.doctor.step import examine
@@ -137,6 +138,15 @@ def test_the_loss_scale_comes_down_to_where_gradients_are_finite() -> None:
     (verdict,) = (v for v in examine(gallery.given(gallery.large_loss_in_fp16)) if v.name == "precision")
     assert 1 <= verdict.figures["scale"] < 2**16
     assert verdict.figures["scale"] * 2 ** verdict.figures["skipped"] == 2**16
+
+
+def test_what_was_there_before_is_not_taken_for_what_piles_up(forks) -> None:
+    # a child that is forked has this, too
+    model = torch.nn.Linear(512, 512)
+    assert model.weight.nbytes > 100 * gallery.piled_up_tensors().batch[0].nbytes
+    found = wrong(examine(gallery.piled_up_tensors(), time_limit=60))
+    assert [verdict.name for verdict in found] == ["tensors pile up"]
+    assert "part.copies, a list of " in found[0].message
 
 
 def test_workers_that_start_slowly(monkeypatch, forks) -> None:

@@ -63,17 +63,21 @@ def examine_memory(patient: Patient) -> list[Verdict]:
     # what there is already is neither collected nor looked at again: that takes a second a step in a large process
     gc.collect()
     gc.freeze()
-    with saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        while done < STEPS and (done < FEWEST_STEPS or patient.has_time()):
-            try:
-                patient.step()
-            except Exception as error:  # most often: the graph of the step before is gone
-                return [failure(error, patient)]
-            done += 1
-            history.append(_left(saved))
-            if done == WARM_UP:
-                known = {id(t) for t in _live_tensors()}
-    gc.unfreeze()
+    try:
+        with saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            while done < STEPS and (done < FEWEST_STEPS or patient.has_time()):
+                try:
+                    patient.step()
+                except Exception as error:  # most often: the graph of the step before is gone
+                    return [failure(error, patient)]
+                done += 1
+                history.append(_left(saved))
+                if done == WARM_UP:
+                    known = {id(t) for t in _live_tensors()}
+        new = [t for t in _live_tensors() if id(t) not in known]
+    finally:
+        # who holds a tensor may have been there before
+        gc.unfreeze()
     first, middle, last = history[WARM_UP], history[(WARM_UP + done) // 2], history[-1]
     steps = done - WARM_UP - 1
 
@@ -85,10 +89,10 @@ def examine_memory(patient: Patient) -> list[Verdict]:
     figures = {"steps": done, "history": [vars(left) for left in history]}
     # half a node: what piles up only now and then is no leak of every step
     if growth("nodes") >= 0.5 or growth("saved") >= 0.5:
-        holder = _holder_of_new(patient.subject.model, known, with_graph=True)
+        holder = _holder_of_any(new, patient.subject.model, with_graph=True)
         return [_retained(growth, done, holder, figures)]
     if growth("tensor_bytes") >= LITTLE:
-        holder = _holder_of_new(patient.subject.model, known, with_graph=False)
+        holder = _holder_of_any(new, patient.subject.model, with_graph=False)
         return [_kept(growth("tensor_bytes"), done, holder, figures)]
     modules = _by_module(patient)
     total = sum(modules.values())
@@ -185,14 +189,13 @@ def _kept(a_step: float, done: int, holder: str, figures: dict[str, Any]) -> Ver
     )
 
 
-def _holder_of_new(model: nn.Module, known: set[int], *, with_graph: bool) -> str:
-    """Who holds a tensor that was not there after warming up; "" where nobody is found."""
-    new = [t for t in _live_tensors() if id(t) not in known and (t.grad_fn is not None or not with_graph)]
-    new.sort(key=lambda t: -t.nbytes)
+def _holder_of_any(tensors: list[Tensor], model: nn.Module, *, with_graph: bool) -> str:
+    """Who holds one of the largest of the tensors, or of those with a graph; "" where nobody is found."""
+    largest = sorted((t for t in tensors if t.grad_fn is not None or not with_graph), key=lambda t: -t.nbytes)
     # whoever looks holds them, too
-    ours = {id(new)}
-    for index in range(min(len(new), 5)):
-        found = _holder(new[index], model, ours)
+    ours = {id(tensors), id(largest)}
+    for index in range(min(len(largest), 5)):
+        found = _holder(largest[index], model, ours)
         if found:
             return found
     return ""
