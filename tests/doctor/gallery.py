@@ -8,12 +8,14 @@ import signal
 import threading
 import time
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+import vmamba  # noqa: F401 registers the models
 from vmamba.doctor import session
 from vmamba.doctor.subject import Subject
 
@@ -58,6 +60,12 @@ def sound() -> Subject:
 def sound_parts():
     """As people with a loop of their own would write it."""
     return Net(), nn.CrossEntropyLoss(), (numbers(16, 8), labels(16, 4))
+
+
+def sound_on_tiny_images() -> Subject:
+    """A quarter of their side is less than a pixel."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+    return subject(model, batch=(numbers(16, 3, 1, 1), labels(16, 4)))
 
 
 def given(make) -> Subject | str:
@@ -483,6 +491,13 @@ class Blocking(nn.Module):
 
 def blocking_backward() -> Subject:
     return subject(Net(nn.Sequential(nn.Tanh(), Blocking())))
+
+
+def blocking_backward_in_a_network() -> Subject:
+    torch.manual_seed(0)
+    model = timm.create_model("vmamba_nano", dims=8, depths=(1, 1, 1, 1), num_classes=4)
+    model.stages[1].blocks[0].mlp.act = Blocking()
+    return subject(model, batch=(numbers(2, 3, 32, 32), labels(2, 4)))
 
 
 class Sleeps(nn.Module):

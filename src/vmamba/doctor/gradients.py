@@ -12,11 +12,12 @@ from torch.autograd.graph import Node
 from .learning import has_learned, trial
 from .losses import failure
 from .patient import Patient
+from .subject import Subject
 from .verdict import Level, Verdict
 from .watching import Watch, custom_function, named
 from .wording import listed, number, plural
 
-__all__ = ["examine_gradients"]
+__all__ = ["examine_gradients", "explodes"]
 
 # the norm of the whole gradient of a freshly initialised network is 1 to 100; beyond this clipping at the usual 1 to 5
 # changes nearly every step
@@ -68,7 +69,7 @@ def examine_gradients(patient: Patient) -> list[Verdict]:
     largest = max(norms, key=lambda name: norms[name], default="")
     figures = {"norm": total, "largest": largest}
     clip = patient.subject.clip_norm
-    if not math.isfinite(total) or (total > EXPLODING and not 0 < clip < total):
+    if explodes(total, patient.subject):
         found.append(_exploding(patient, total, largest, norms))
     zeros = _dead(norms)
     if zeros:
@@ -86,6 +87,11 @@ def examine_gradients(patient: Patient) -> list[Verdict]:
             figures=figures,
         )
     ]
+
+
+def explodes(norm: float, subject: Subject) -> bool:
+    """Whether the whole gradient has a norm that nothing clips and that is far beyond what networks learn with."""
+    return not math.isfinite(norm) or (norm > EXPLODING and not 0 < subject.clip_norm < norm)
 
 
 def _finite(tensors: Any) -> bool:

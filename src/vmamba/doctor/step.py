@@ -154,7 +154,7 @@ def _ended(report: Report, time_limit: float) -> Verdict:
 
 
 def _bisect(source: Source, report: Report, verdicts: Sequence[Verdict], time_limit: float) -> list[Verdict]:
-    if all(verdict.level is not Level.PROBLEM for verdict in verdicts):
+    if all(verdict.level is Level.OK for verdict in verdicts):
         return [Verdict(Level.OK, "bisect", "No problem to look for.")]
     stalled = report.stalled is not None and report.stalled.name in ("loss", "gradients")
     first = [Job("loader")] if _needs_loader(source) else []
@@ -162,10 +162,11 @@ def _bisect(source: Source, report: Report, verdicts: Sequence[Verdict], time_li
         found = _run(source, [*first, Job("bisect")], time_limit)
         return found.verdicts[len(found.verdicts) - 1 :] if found.stalled is None else [_ended(found, time_limit)]
     trial_limit = max(TRIAL_LEAST, TRIAL_SHARE * time_limit)
-    tree = _run(source, [Job("parts")], time_limit).verdicts[0].figures
+    runs_forward = report.stalled.name == "gradients"
+    tree = _run(source, [*first, Job("parts", (runs_forward,))], time_limit).verdicts[-1].figures
 
     def troubled(replaced: frozenset[str]) -> bool:
-        jobs = [*first, Job("symptom", (sorted(replaced),))]
+        jobs = [*first, Job("symptom", (sorted(replaced), runs_forward))]
         trial = run_jobs(source, jobs, trial_limit, work, set_up_limit=time_limit)
         return trial.stalled is not None or bool(trial.verdicts[-1].message)
 
