@@ -72,6 +72,7 @@ STALLS = [
 ]
 SOUND = [
     gallery.sound,
+    gallery.sound_on_tiny_images,
     gallery.right_gradient,
     gallery.straight_through,
     gallery.attention,
