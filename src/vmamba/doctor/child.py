@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Failed", "Finished", "Stalled", "run_with_limit"]
+__all__ = ["END_SECONDS", "Failed", "Finished", "Stalled", "run_with_limit"]
 
 # importing torch on a busy machine, before the function's own time begins
 START_SECONDS = 180.0
 # from the dump of the stacks to the end of the process
 GRACE_SECONDS = 2.0
+# from the signal that ends a process to its end
+END_SECONDS = 10.0
 _OUTPUT_CHARACTERS = 4000
 _POLL_SECONDS = 0.02
 # sys.path first: the function may live beside a user's script. The rest of the start is this module's own
@@ -125,7 +127,9 @@ def _end(process: subprocess.Popen) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
-    process.wait()
+    # what waits in the kernel for a driver or a disk does not hear of it, and is not waited for
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
 
 
 def _result(process: subprocess.Popen, folder: Path, seconds: float, ended: bool) -> Finished | Failed | Stalled:

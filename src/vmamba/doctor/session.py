@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from .child import END_SECONDS
 from .position import SET_UP, Place, Position
 from .subject import Subject, load
 from .verdict import Level, Verdict
@@ -155,7 +156,9 @@ class _Child:
                     os.kill(self.pid, signal.SIGKILL)
         elif self._process is not None:
             self._process.kill()
-        while self.poll() is None:
+        # what waits in the kernel for a driver or a disk does not hear of it, and is not waited for
+        last = time.monotonic() + END_SECONDS
+        while self.poll() is None and time.monotonic() < last:
             time.sleep(POLL)
 
 
