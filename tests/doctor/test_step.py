@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,6 +224,15 @@ def test_the_slow_backend() -> None:
     assert "pip install triton" in verdict.remedy
     # a model without a scan does not care
     assert slow_paths.judge_paths(torch.device("cuda"), False, OFFERS) == []
+
+
+def test_switches_that_slow_a_step_down(monkeypatch) -> None:
+    found = wrong(examine("tests.doctor.gallery:anomaly_detection"))
+    assert [verdict.name for verdict in found] == ["anomaly detection is on"]
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    monkeypatch.setattr(slow_paths, "offers_of", lambda device: OFFERS)
+    patient = SimpleNamespace(subject=SimpleNamespace(device=torch.device("cuda"), model=nn.ReLU()))
+    assert [v.name for v in slow_paths.examine_slow_paths(patient)] == ["slow by environment variable"]
 
 
 def test_the_unused_gpu(monkeypatch, forks) -> None:
