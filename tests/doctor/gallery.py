@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -303,6 +304,33 @@ def dead_activation() -> Subject:
     return subject(Net(Saturated()))
 
 
+class Deep(nn.Module):
+    """Sigmoids upon sigmoids: each takes three quarters of the gradient away, and more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.rest = nn.Sequential(*(part for _ in range(14) for part in (nn.Sigmoid(), nn.Linear(16, 16))))
+
+    def forward(self, x):
+        return self.rest(self.first(x))
+
+
+def vanishing_gradient() -> Subject:
+    return subject(Net(Deep()))
+
+
+class LooksForAnomalies(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.autograd.set_detect_anomaly(True)
+
+
+def anomaly_detection() -> Subject:
+    """Only by its name: it is switched on for the whole process."""
+    return subject(LooksForAnomalies())
+
+
 def one_sample() -> Subject:
     return subject(Net(nn.BatchNorm1d(16)), batch=(numbers(1, 8), labels(1, 4)))
 
@@ -484,13 +512,34 @@ class Blocks(torch.autograd.Function):
         return gradient
 
 
+class HoldsTheLock(torch.autograd.Function):
+    """In C, with the interpreter's lock held: no Python runs in its process any more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        while True:
+            ctypes.PyDLL(None).sleep(1000)
+
+
 class Blocking(nn.Module):
+    def __init__(self, function=Blocks) -> None:
+        super().__init__()
+        self.function = function
+
     def forward(self, x):
-        return Blocks.apply(x)
+        return self.function.apply(x)
 
 
 def blocking_backward() -> Subject:
     return subject(Net(nn.Sequential(nn.Tanh(), Blocking())))
+
+
+def backward_that_holds_the_lock() -> Subject:
+    return subject(Net(nn.Sequential(nn.Tanh(), Blocking(HoldsTheLock))))
 
 
 def blocking_backward_in_a_network() -> Subject:

@@ -17,6 +17,8 @@ from .wording import listed
 
 __all__ = ["examine"]
 
+PASSES = {"forward": "forward pass", "backward": "backward pass", "optimiser": "optimiser's step"}
+
 # trials of a bisection of a step that stalls each wait this share of the limit, and at least so many seconds
 TRIAL_SHARE, TRIAL_LEAST = 0.2, 2.0
 
@@ -132,12 +134,13 @@ def _ended(report: Report, time_limit: float) -> Verdict:
             "were forked; try num_workers=0, or multiprocessing_context='spawn'.",
             figures,
         )
+    phase = PASSES.get(place.phase, place.phase)
     progress = f", {place.done} of {place.total} nodes done" if place.total else ""
     if report.moving:
         return Verdict(
             Level.PROBLEM,
             f"{place.phase} is slow",
-            f"The {place.phase} pass is not stuck, but not through after {time_limit:.0f} s{progress}; it was"
+            f"The {phase} is not stuck, but not through after {time_limit:.0f} s{progress}; it was"
             f"{module or ' under way'}.{at}",
             "Look at the growth verdict for a loop that is quadratic in the length, and at the backend; a smaller "
             "batch, or a longer time limit, lets the examination go on.",
@@ -146,7 +149,7 @@ def _ended(report: Report, time_limit: float) -> Verdict:
     return Verdict(
         Level.PROBLEM,
         f"{place.phase} never returns",
-        f"The {place.phase} pass did not come back within {time_limit:.0f} s{progress}; it hangs{module}.{at}",
+        f"The {phase} did not come back within {time_limit:.0f} s{progress}; it hangs{module}.{at}",
         "Look at the line named here: a lock, a queue, a collective or another process that it waits for. Only code of "
         "your own or an extension can wait there; torch's operators do not.",
         figures,
