@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["END_SECONDS", "Failed", "Finished", "Stalled", "run_with_limit"]
+__all__ = ["END_SECONDS", "Failed", "Finished", "Stalled", "end_with_parent", "run_with_limit"]
 
 # importing torch on a busy machine, before the function's own time begins
 START_SECONDS = 180.0
@@ -145,9 +146,17 @@ def _result(process: subprocess.Popen, folder: Path, seconds: float, ended: bool
     return Failed(f"the process died: {how}", "", output)
 
 
+def end_with_parent() -> None:
+    """Should the process that started this one be killed, so is this one, where the system offers it."""
+    if sys.platform == "linux":
+        # option 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def _serve(folder: str, seconds: float) -> None:
     """What the fresh process does: the call, under a clock of C that no Python code can hold up."""
     here = Path(folder)
+    end_with_parent()
     stacks = open(here / "stacks", "w")  # noqa: SIM115 faulthandler writes to it until the process ends
     (here / "started").touch()
     faulthandler.dump_traceback_later(seconds, file=stacks)

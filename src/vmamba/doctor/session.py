@@ -8,7 +8,6 @@ killed with everything it started (it leads a process group).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .child import END_SECONDS
+from .child import END_SECONDS, end_with_parent
 from .position import SET_UP, Place, Position
 from .subject import Subject, load
 from .verdict import Level, Verdict
@@ -241,9 +240,7 @@ def _child(source: Source, jobs: Sequence[Job], time_limit: float, work: Work, f
         for stream in (1, 2):
             os.dup2(output, stream)
         sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115 for life
-    if sys.platform == "linux":
-        # should our parent be killed, so are we: option 1 is PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    end_with_parent()
     stacks = open(folder / "stacks.txt", "a")  # noqa: SIM115 for the life of the process
     faulthandler.enable(stacks)
     if hasattr(faulthandler, "register"):
