@@ -685,5 +685,9 @@ def hanging_set_up() -> Subject:
     threading.Event().wait()
 
 
+def wrong_values() -> Subject:
+    raise ValueError("no such shape")
+
+
 def failing_set_up() -> Subject:
     raise RuntimeError("the licence server is away")

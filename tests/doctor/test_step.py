@@ -229,6 +229,8 @@ def test_the_slow_backend() -> None:
 def test_switches_that_slow_a_step_down(monkeypatch) -> None:
     found = wrong(examine("tests.doctor.gallery:anomaly_detection"))
     assert [verdict.name for verdict in found] == ["anomaly detection is on"]
+    # a model on a GPU sees it
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     monkeypatch.setattr(slow_paths, "offers_of", lambda device: OFFERS)
     patient = SimpleNamespace(subject=SimpleNamespace(device=torch.device("cuda"), model=nn.ReLU()))
@@ -249,7 +251,9 @@ def test_the_unused_gpu(monkeypatch, forks) -> None:
         ("neither", FileNotFoundError, "MODULE:FUNCTION"),
         ("no_such_module:f", ModuleNotFoundError, "no_such_module"),
         ("tests.doctor.gallery:nothing", ValueError, "no function 'nothing'"),
-        ("tests.doctor.gallery:labels", TypeError, "missing 2 required"),
+        ("tests.doctor.gallery:labels", TypeError, "gallery:labels raises TypeError: .*missing 2 required"),
+        ("tests.doctor.gallery:wrong_values", ValueError, r"raises ValueError: no such shape \(.*gallery.py:\d+\)"),
+        (":f", FileNotFoundError, "MODULE:FUNCTION"),
         ("tests.doctor.gallery:Net", ValueError, r"\(model, loss, batch\), not a Net"),
     ],
 )

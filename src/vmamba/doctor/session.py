@@ -27,7 +27,7 @@ import torch
 
 from .child import END_SECONDS, end_with_parent
 from .position import SET_UP, Place, Position
-from .subject import Subject, load
+from .subject import MISTAKES, Subject, load
 from .verdict import Level, Verdict
 
 __all__ = ["Job", "Report", "Source", "Work", "run_jobs"]
@@ -37,7 +37,6 @@ POLL = 0.02
 LAST_WORDS = 1.0
 # a child that still moved in this last part of its time is slow, not stuck
 STILL_MOVING = 0.2
-MISTAKES = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)
 # a new interpreter imports torch, on a busy machine; the time of its first job begins after that
 START_SECONDS = 180.0
 # characters of stacks that are kept
