@@ -56,6 +56,18 @@ def test_json(asked, capsys):
     assert json.loads(capsys.readouterr().out) == [FINE.as_dict(), SLOW.as_dict(), BROKEN.as_dict()]
 
 
+def test_json_in_a_file(asked, tmp_path, capsys):
+    main(["doctor", "--json", str(tmp_path / "found.json")])
+    assert json.loads((tmp_path / "found.json").read_text()) == [FINE.as_dict(), SLOW.as_dict()]
+    assert f"verdicts: {tmp_path / 'found.json'}" in capsys.readouterr().out
+    # before anything is examined
+    asked.clear()
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--json", str(tmp_path / "nowhere" / "found.json")])
+    assert stop.value.code == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
 def test_a_step_is_handed_on(asked):
     main(["doctor", "--config", "run.yaml", "--set", "data.workers=0", "--set", "run.seed=1", "--bisect"])
     assert asked[1] == (

@@ -86,6 +86,10 @@ def test_compressed_run_lengths_are_the_same_mask() -> None:
         ({"counts": [1, 2]}, "run lengths with 'size' and 'counts'"),
         ({"size": [3, 4], "counts": [12]}, r"run lengths for height and width \[3, 4\] in an image of \[4, 3\]"),
         ({"size": [4, 3], "counts": [3, 4]}, "run lengths of 7 pixels in an image of 12"),
+        ({"size": [4, 3], "counts": [-3, 15]}, "none of them negative"),
+        ({"size": [4, 3], "counts": "garb@ge"}, "malformed"),
+        ({"size": 12, "counts": [12]}, r"height and width 12 in an image of \[4, 3\]"),
+        ([[0, 0, 1, 1, 2, "x"]], "at least three points"),
         (7, "a list of polygons, or run lengths"),
     ],
 )
@@ -117,6 +121,20 @@ ANNOTATION_MISTAKES = {
     "runs of another size": ({"segmentation": {"size": [9, 9], "counts": [81]}}, "bad segmentation", "height", False),
     "no pixel": ({"segmentation": [[5, 6, 5, 6, 5, 6]]}, "empty mask", "no pixel", False),
     "no id": ({"id": None}, "incomplete entry", "integer id", False),
+    "a list for an image": ({"image_id": [7]}, "unknown image", r"no image of id \[7\]", False),
+    "a list for a category": ({"category_id": [3]}, "unknown category", r"category id \[3\]", False),
+    "words for runs": (
+        {"segmentation": {"size": [48, 64], "counts": "garb@ge"}},
+        "bad segmentation",
+        "early end",
+        False,
+    ),
+    "too few runs": (
+        {"segmentation": {"size": [48, 64], "counts": "01"}},
+        "bad segmentation",
+        "decoded 1 pixel",
+        False,
+    ),
     "second of its id": ({"id": 2}, "duplicate annotation id", "another one", True),
 }
 
@@ -161,6 +179,21 @@ def test_mistakes_in_images_are_found_and_named(make_coco, kind, text) -> None:
     with pytest.raises(ValueError, match=f"7.png: {text}"):
         CocoDataset(images, file)
     assert CocoDataset(images, file, on_finding="skip").image_ids == [30]
+
+
+def test_a_damaged_end_is_found_by_the_check_alone(make_coco) -> None:
+    images, file, _ = make_coco()
+    (images / "7.png").write_bytes((images / "7.png").read_bytes()[:-40])
+    (finding,) = check_detection(images, file)
+    assert (finding.kind, finding.file, finding.id) == ("unreadable image", images / "7.png", 7)
+    assert len(CocoDataset(images, file)) == 2  # headers alone are read before training
+
+
+def test_a_category_of_another_name_is_found(make_coco) -> None:
+    images, file, _ = make_coco()
+    (finding,) = check_detection(images, file, categories=[Category(3, "crate"), Category(90, "tri")])
+    assert (finding.kind, finding.file, finding.id) == ("other category name", file, 3)
+    assert finding.message == "category 3 is 'box' here, but 'crate' in the list"
 
 
 def test_doubled_and_incomplete_image_entries(make_coco) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
 import threading
 import time
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+import vmamba  # noqa: F401 registers the models
 from vmamba.doctor import session
 from vmamba.doctor.subject import Subject
 
@@ -58,6 +61,12 @@ def sound() -> Subject:
 def sound_parts():
     """As people with a loop of their own would write it."""
     return Net(), nn.CrossEntropyLoss(), (numbers(16, 8), labels(16, 4))
+
+
+def sound_on_tiny_images() -> Subject:
+    """A quarter of their side is less than a pixel."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+    return subject(model, batch=(numbers(16, 3, 1, 1), labels(16, 4)))
 
 
 def given(make) -> Subject | str:
@@ -295,6 +304,33 @@ def dead_activation() -> Subject:
     return subject(Net(Saturated()))
 
 
+class Deep(nn.Module):
+    """Sigmoids upon sigmoids: each takes three quarters of the gradient away, and more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.rest = nn.Sequential(*(part for _ in range(14) for part in (nn.Sigmoid(), nn.Linear(16, 16))))
+
+    def forward(self, x):
+        return self.rest(self.first(x))
+
+
+def vanishing_gradient() -> Subject:
+    return subject(Net(Deep()))
+
+
+class LooksForAnomalies(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.autograd.set_detect_anomaly(True)
+
+
+def anomaly_detection() -> Subject:
+    """Only by its name: it is switched on for the whole process."""
+    return subject(LooksForAnomalies())
+
+
 def one_sample() -> Subject:
     return subject(Net(nn.BatchNorm1d(16)), batch=(numbers(1, 8), labels(1, 4)))
 
@@ -476,13 +512,41 @@ class Blocks(torch.autograd.Function):
         return gradient
 
 
+class HoldsTheLock(torch.autograd.Function):
+    """In C, with the interpreter's lock held: no Python runs in its process any more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        while True:
+            ctypes.PyDLL(None).sleep(1000)
+
+
 class Blocking(nn.Module):
+    def __init__(self, function=Blocks) -> None:
+        super().__init__()
+        self.function = function
+
     def forward(self, x):
-        return Blocks.apply(x)
+        return self.function.apply(x)
 
 
 def blocking_backward() -> Subject:
     return subject(Net(nn.Sequential(nn.Tanh(), Blocking())))
+
+
+def backward_that_holds_the_lock() -> Subject:
+    return subject(Net(nn.Sequential(nn.Tanh(), Blocking(HoldsTheLock))))
+
+
+def blocking_backward_in_a_network() -> Subject:
+    torch.manual_seed(0)
+    model = timm.create_model("vmamba_nano", dims=8, depths=(1, 1, 1, 1), num_classes=4)
+    model.stages[1].blocks[0].mlp.act = Blocking()
+    return subject(model, batch=(numbers(2, 3, 32, 32), labels(2, 4)))
 
 
 class Sleeps(nn.Module):
@@ -619,6 +683,10 @@ def missing_collective() -> Subject:
 
 def hanging_set_up() -> Subject:
     threading.Event().wait()
+
+
+def wrong_values() -> Subject:
+    raise ValueError("no such shape")
 
 
 def failing_set_up() -> Subject:

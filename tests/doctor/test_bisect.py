@@ -7,10 +7,12 @@ import timm
 import torch
 from torch import nn
 
+from vmamba import create_upernet
 from vmamba.doctor import Level
 from vmamba.doctor.bisect import StandIn, parts_of, search
 from vmamba.doctor.step import examine
 from vmamba.doctor.subject import Subject
+from vmamba.tasks import Segmentation
 
 from . import gallery
 
@@ -47,6 +49,20 @@ def test_a_planted_nan_is_found_by_name(name) -> None:
     assert f"{name} (Poison)" in found.message
 
 
+def test_a_model_that_walks_through_its_stages() -> None:
+    """What a decoder sits on is never called as a whole, and its sequence of stages neither."""
+    torch.manual_seed(0)
+    model = create_upernet(
+        "vmamba_nano", 3, channels=16, auxiliary_channels=8, dims=8, depths=(1, 1, 1, 1), drop_path_rate=0.0
+    )
+    name = next(name for name, _ in model.named_modules() if name.endswith("stages.1.blocks.0.mlp.fc1"))
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, Poison(model.get_submodule(name)))
+    batch = torch.randn(2, 3, 32, 32), torch.randint(3, (2, 32, 32))
+    verdicts = examine(Subject(model, training_loss=Segmentation(3).training_loss, batch=batch), bisect=True)
+    assert culprit_of(verdicts).figures["modules"] == [name]
+
+
 def test_two_culprits_are_both_found() -> None:
     model = nn.Sequential(
         gallery.Net(gallery.Logarithm()), nn.Linear(4, 4), nn.Sequential(Poison(nn.ReLU()), nn.ReLU())
@@ -61,6 +77,26 @@ def test_a_backward_that_is_not_finite() -> None:
 
 def test_an_overflow_of_fp16() -> None:
     assert culprit_of(examine(gallery.given(gallery.fp16_overflow), bisect=True)).figures["modules"] == ["part.up"]
+
+
+@pytest.mark.parametrize(
+    ("make", "inside", "trouble"),
+    [
+        (gallery.detached_in_a_module, "body.part", "loss is detached"),
+        (gallery.exploding_gradient, "part.layers.", "exploding gradient"),
+    ],
+    ids=["detached", "exploding"],
+)
+def test_trouble_that_raises_nothing(make, inside, trouble) -> None:
+    found = culprit_of(examine(gallery.given(make), bisect=True))
+    assert all(name.startswith(inside) for name in found.figures["modules"])
+    assert f"({trouble})" in found.message
+
+
+@pytest.mark.slow
+def test_a_backward_that_never_returns_in_a_network_whose_parts_change_shapes() -> None:
+    found = culprit_of(examine("tests.doctor.gallery:blocking_backward_in_a_network", bisect=True, time_limit=6))
+    assert found.figures["modules"] == ["stages.1.blocks.0.mlp.act"]
 
 
 def test_a_backward_that_never_returns() -> None:
@@ -92,7 +128,8 @@ def test_parts_of_lists_and_stand_ins() -> None:
     assert parts_of(model, "") == ["0.0", "0.1.a", "2"]
     x = torch.randn(2, 6, requires_grad=True)
     assert StandIn()(x) is x
-    assert StandIn((2, 6), torch.float32)(x) is x
-    other = StandIn((2, 5, 3), torch.float32)(x)
+    assert StandIn(torch.empty(2, 6, device="meta"))(x) is x
+    same, other = StandIn([torch.empty(2, 6, device="meta"), torch.empty(2, 5, 3, device="meta")])(x)
+    assert same is x
     assert other.shape == (2, 5, 3)
     assert other.requires_grad

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +92,29 @@ def test_children_end_with_it(tmp_path):
 def test_a_limit_must_be_positive():
     with pytest.raises(ValueError, match="not 0"):
         run_with_limit(double, 1, seconds=0)
+
+
+def tell_and_sleep(path):
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(1000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_it_ends_with_whoever_started_it(tmp_path):
+    path = tmp_path / "pid"
+    program = f"from tests.doctor.test_child import *; run_with_limit(tell_and_sleep, {str(path)!r}, seconds=600)"
+    caller = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2])
+    try:
+        deadline = time.monotonic() + 120
+        while not (path.exists() and path.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        caller.kill()
+        caller.wait()
+    deadline = time.monotonic() + 20
+    # a zombie has no program any more
+    while os.path.exists(f"/proc/{path.read_text()}/exe"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

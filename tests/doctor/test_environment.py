@@ -326,6 +326,14 @@ def test_a_measurement_that_hangs_is_told(monkeypatch):
     assert "line" in verdict.message
 
 
+@pytest.mark.parametrize(("instead", "words"), [("hangs", "was not done after 1 s; it was in"), ("fails", "failed: ")])
+def test_a_driver_that_hangs_is_a_verdict(monkeypatch, instead, words):
+    monkeypatch.setattr(environment, "gather", globals()[instead])
+    (verdict,) = examine_environment("cpu", seconds=1)
+    assert (verdict.level, verdict.name) == (Level.PROBLEM, "machine does not answer")
+    assert words in verdict.message
+
+
 def test_the_whole_examination_of_this_machine():
     said = []
     verdicts = examine_environment("cpu", progress=said.append)

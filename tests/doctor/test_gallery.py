@@ -38,6 +38,7 @@ GALLERY = [
     (gallery.wrong_gradient, "custom function has a wrong gradient", "problem", "0.5 times as much", "gradcheck"),
     (gallery.exploding_gradient, "exploding gradient", "warning", "fc2", "Clip the gradient at"),
     (gallery.dead_activation, "gradient is always zero", "warning", "fc1.weight", "dead"),
+    (gallery.vanishing_gradient, "gradient vanishes", "warning", "fc1.weight", "residual"),
     (gallery.exploding_rate, "learning rate too high", "problem", "learning rate of 50", "Set it to"),
     (gallery.optimizer_of_another_model, "optimiser changes nothing", "problem", "rate of 0.1", "Make the optimiser"),
     (gallery.fp16_overflow, "fp16 overflow", "problem", "part.up (Linear)", "Train in bf16, in which"),
@@ -68,11 +69,13 @@ GALLERY = [
 # these are only found out when time has run out
 STALLS = [
     (gallery.blocking_backward, "backward never returns", "part.1 (BlocksBackward)", "gallery.py"),
+    (gallery.backward_that_holds_the_lock, "backward never returns", "part.1 (HoldsTheLock", "gallery.py"),
     (gallery.blocking_forward, "forward never returns", "in part", "in forward"),
     (gallery.worker_deadlock, "data loader is stuck", "No batch came", "in at"),
 ]
 SOUND = [
     gallery.sound,
+    gallery.sound_on_tiny_images,
     gallery.right_gradient,
     gallery.straight_through,
     gallery.attention,

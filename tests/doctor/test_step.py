@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,6 +226,17 @@ def test_the_slow_backend() -> None:
     assert slow_paths.judge_paths(torch.device("cuda"), False, OFFERS) == []
 
 
+def test_switches_that_slow_a_step_down(monkeypatch) -> None:
+    found = wrong(examine("tests.doctor.gallery:anomaly_detection"))
+    assert [verdict.name for verdict in found] == ["anomaly detection is on"]
+    # a model on a GPU sees it
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    monkeypatch.setattr(slow_paths, "offers_of", lambda device: OFFERS)
+    patient = SimpleNamespace(subject=SimpleNamespace(device=torch.device("cuda"), model=nn.ReLU()))
+    assert [v.name for v in slow_paths.examine_slow_paths(patient)] == ["slow by environment variable"]
+
+
 def test_the_unused_gpu(monkeypatch, forks) -> None:
     monkeypatch.setattr(slow_paths, "offers_of", lambda device: OFFERS)
     found = wrong(examine(gallery.sound()))
@@ -239,7 +251,9 @@ def test_the_unused_gpu(monkeypatch, forks) -> None:
         ("neither", FileNotFoundError, "MODULE:FUNCTION"),
         ("no_such_module:f", ModuleNotFoundError, "no_such_module"),
         ("tests.doctor.gallery:nothing", ValueError, "no function 'nothing'"),
-        ("tests.doctor.gallery:labels", TypeError, "missing 2 required"),
+        ("tests.doctor.gallery:labels", TypeError, "gallery:labels raises TypeError: .*missing 2 required"),
+        ("tests.doctor.gallery:wrong_values", ValueError, r"raises ValueError: no such shape \(.*gallery.py:\d+\)"),
+        (":f", FileNotFoundError, "MODULE:FUNCTION"),
         ("tests.doctor.gallery:Net", ValueError, r"\(model, loss, batch\), not a Net"),
     ],
 )

@@ -276,12 +276,19 @@ BARRIER = 'File "/x/torch/distributed/distributed_c10d.py", line 1 in barrier'
 DDP = 'File "/x/torch/nn/parallel/distributed.py", line 1 in _run_ddp_forward'
 SAVE = 'File "/x/torch/serialization.py", line 1 in save'
 ADAMW = 'File "/x/torch/optim/adamw.py", line 1 in step'
+AHEAD = 'File "/x/vmamba/ops/ahead.py", line 1 in compile_ahead'
+COMPILE = 'File "/x/triton/compiler/compiler.py", line 1 in compile'
+LAUNCH = 'File "/x/triton/compiler/compiler.py", line 1 in runner'
 MINE = 'File "/x/my.py", line 1 in f'
 
 
 @pytest.mark.parametrize(
     ("marked", "frames", "world", "stall"),
     [
+        ("forward", [MINE, AHEAD], 1, "compilation (during forward)"),
+        ("forward", [BACKWARD, AHEAD], 2, "compilation (during forward)"),
+        ("forward", [MINE, COMPILE], 1, "compilation (during forward)"),
+        ("forward", [LAUNCH, MINE], 1, "forward"),
         ("forward", [MINE], 1, "forward"),
         ("", [], 1, "unmarked code"),
         ("forward", [MINE, DATA], 1, "data (during forward)"),

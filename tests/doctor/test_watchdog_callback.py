@@ -146,7 +146,7 @@ def test_a_picture_of_a_gpu_machine_with_a_stall(tmp_path):
         gpu = "" if i == 0 else f"{4 + 0.02 * i},{6 + 0.02 * i},{7 + 0.02 * i},{0 if stalled else 90}"
         lines.append(f"{10 * i},{i},data,{int(stalled)},{2 + i / 100},{0.5},{5 if stalled else 180},{gpu or ',,,'}")
     path.write_text("\n".join(lines) + "\n")
-    save_resources(path, tmp_path / "resources.png")
+    assert save_resources(str(path), str(tmp_path / "resources.png"))
     with Image.open(tmp_path / "resources.png") as image:
         assert image.height > 700  # three panels
         pixels = {pixel for _, pixel in image.convert("RGB").getcolors(1 << 24)}

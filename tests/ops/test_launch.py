@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton", reason="the launcher is for Triton's kern
 from triton.runtime._async_compile import active_mode  # noqa: E402
 
 from vmamba.ops import triton_backend  # noqa: E402
+from vmamba.ops.triton_backend import launch  # noqa: E402
 from vmamba.ops.triton_backend.launch import Kernel, compile_ahead  # noqa: E402
 
 
@@ -88,6 +89,17 @@ def test_the_second_call_of_a_kind_goes_past_triton(jit):
     kernel[(5, 2)](y, x, 48, 9, 1e-6, C=16, FLAG=True, num_warps=2)
     assert len(jit.compilations) == 1
     assert jit.launches == [((5, 2, 1), (y, x, 48, 9, 1e-6, 16, True))]
+
+
+def test_what_is_only_compiled_ahead_was_not_launched_last(jit, monkeypatch):
+    monkeypatch.setattr(launch, "last_launched", [None])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    kernel, arguments = Kernel(jit), (aligned(8), aligned(4), 32, 7, 1e-5)
+    with compile_ahead():
+        kernel[(3,)](*arguments, C=16, FLAG=True)
+    assert launch.last_launched == [None]
+    kernel[(3,)](*arguments, C=16, FLAG=True)
+    assert launch.last_launched == [kernel]
 
 
 @pytest.mark.parametrize(

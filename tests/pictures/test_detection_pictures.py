@@ -35,6 +35,18 @@ def test_masks_boxes_and_names_are_drawn_where_they_are() -> None:
     assert (np.asarray(image) == 128).all()  # the picture itself is left alone
 
 
+def test_annotations_have_names_but_no_scores() -> None:
+    image = Image.new("RGB", (900, 600), (128, 128, 128))
+    found = _found(masks=False)
+    scored = np.asarray(draw_detections(image, found, ["cat", "dog"]))
+    del found["scores"]
+    drawn = np.asarray(draw_detections(image, found, ["cat", "dog"]))
+    where = np.argwhere((drawn != scored).any(axis=2))
+    assert (drawn[189:199, 105:115] != 128).any()  # the name's ground
+    # shorter texts: what differs lies in the lines above the boxes
+    assert all(180 <= y < 202 or 360 <= y < 382 for y, _ in where)
+
+
 def test_boxes_alone_and_nothing_at_all() -> None:
     image = Image.new("RGB", (900, 600), (128, 128, 128))
     drawn = np.asarray(draw_detections(image, _found(masks=False), ["cat", "dog"]))

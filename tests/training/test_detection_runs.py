@@ -305,7 +305,16 @@ def test_mistakes_are_found_before_anything_is_written(cells_config, tmp_path, s
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_annotations_are_named_before_training_or_left_out(cells_config, tmp_path):
+def test_eval_refuses_data_of_other_categories(finished, cells, tmp_path):
+    """Ids are often 1, 2, ... whatever they stand for."""
+    contents = json.loads((cells / "annotations" / "instances_val.json").read_text())
+    contents["categories"] = [{"id": 3, "name": "nucleus"}, {"id": 40, "name": "debris"}]
+    (tmp_path / "val.json").write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=r"val\.json has categories that the detector does not know.*: 3 'nucleus'$"):
+        evaluate_detection(finished[1].run_dir, cells / "images", tmp_path / "val.json")
+
+
+def test_bad_annotations_are_named_before_training_or_left_out(cells_config, tmp_path, caplog):
     root = make_cells(tmp_path / "cells", {"train": 4, "val": 2})
     file = root / "annotations" / "instances_train.json"
     contents = json.loads(file.read_text())
@@ -315,6 +324,8 @@ def test_bad_annotations_are_named_before_training_or_left_out(cells_config, tmp
         train(cells_config(data={"source": str(root)}), tmp_path / "run")
     once = {"iterations": 1, "validate_every": None, "warmup_iterations": 0}
     train(cells_config(data={"source": str(root), "on_unreadable": "skip"}, schedule=once), tmp_path / "run2")
+    assert "instances_train.json: annotation 1: bbox" in caplog.text
+    assert "left out" in caplog.text
 
 
 @pytest.mark.parametrize(("recipe", "epochs", "drops"), [("coco_1x", 12, "8 and 11"), ("coco_3x", 36, "27 and 33")])

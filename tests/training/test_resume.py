@@ -174,6 +174,24 @@ def test_sigterm_writes_a_checkpoint_first(random_config, whole, tmp_path):
     assert_same_run(whole, run_dir, settings=False)
 
 
+def test_sigterm_in_the_last_validation_leaves_the_report_to_a_resume(random_config, whole, tmp_path, capsys):
+    from lightning.pytorch import Callback
+
+    class Asked(Callback):
+        def on_validation_start(self, trainer, module):
+            if trainer.current_epoch == trainer.max_epochs - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    run_dir = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        train(random_config(), run_dir, callbacks=lambda: [Asked()])
+    assert stop.value.code == 143
+    assert f"go on with: vmamba train --resume {run_dir}" in capsys.readouterr().out
+    assert not (run_dir / "report").exists()
+    resume(run_dir)
+    assert_same_run(whole, run_dir)
+
+
 def test_a_report_that_is_missing_is_written(random_config, tmp_path):
     outcome = train(random_config(), tmp_path / "run")
     outcome.report.unlink()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vmamba.cli import main
-from vmamba.data.segmentation import read_index_mask
+from vmamba.data.segmentation import find_segmentation, read_index_mask
 from vmamba.models import save_checkpoint
 from vmamba.tasks import Segmentation
 from vmamba.training import load_trained, read_checkpoint, resolve, resume, train
@@ -145,6 +145,9 @@ def test_eval_and_segment_take_the_run(finished, street, capsys, tmp_path, monke
     assert f"mean IoU {outcome.metrics['miou']:.2f} %" in printed
     main(["eval", str(outcome.run_dir), "--data", str(street), "--short-side", "96"])
     assert f"mean IoU {outcome.metrics['miou']:.2f} %" not in capsys.readouterr().out
+    other = find_segmentation(street, classes=("sky", "car", "road"))
+    with pytest.raises(ValueError, match="knows class 1 as 'road', in the data it is 'car'"):
+        evaluate_segmentation(outcome.run_dir, other)
     main(["segment", "--checkpoint", str(outcome.run_dir), str(street / "images" / "val")])
     assert "road" in capsys.readouterr().out
     found = read_index_mask("segmented/0.mask.png")
@@ -255,10 +258,20 @@ def test_bad_files_are_named_before_training_or_left_out(street_config, tmp_path
     with pytest.raises(ValueError, match=r"masks/train/2\.png: is 9x9 pixels, its image .*2\.png is 64x48.*skip"):
         train(street_config(data=data), tmp_path / "run")
     Image.new("L", (64, 48), 77).save(root / "masks" / "train" / "2.png")
-    with pytest.raises(ValueError, match=r"masks/train/2\.png holds the unknown label\(s\) 77"):
-        train(street_config(data={**data, "in_memory": True}), tmp_path / "run2")
+    for in_memory in (False, True):
+        with pytest.raises(ValueError, match=r"masks/train/2\.png: holds the unknown label\(s\) 77.*skip"):
+            train(street_config(data={**data, "in_memory": in_memory}), tmp_path / "run")
+    photo = root / "images" / "val" / "1.png"
+    sound = photo.read_bytes()
+    photo.write_bytes(sound[:-300])  # the header tells nothing
+    Image.new("L", (64, 48), 1).save(root / "masks" / "train" / "2.png")
+    with pytest.raises(ValueError, match=r"cannot read the image .*images/val/1\.png"):
+        train(street_config(data={**data, "in_memory": True}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    photo.write_bytes(sound)
+    Image.new("L", (64, 48), 77).save(root / "masks" / "train" / "2.png")
     once = {"iterations": 1, "validate_every": None, "warmup_iterations": 0}
-    train(street_config(data={**data, "on_unreadable": "skip"}, schedule=once), tmp_path / "run3")
+    train(street_config(data={**data, "on_unreadable": "skip"}, schedule=once), tmp_path / "run")
     assert "left out" in caplog.text
     assert "2.png" in caplog.text
 

@@ -12,6 +12,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .tables import check_writable
+
 if TYPE_CHECKING:
     from ..doctor import Verdict
 
@@ -27,6 +29,8 @@ EXAMPLES = """examples:
 nn.Module, its loss and a batch. docs/stuck.md lists every symptom with its cause and the remedy."""
 
 TIME_LIMIT = 120.0
+# --json without a file
+PRINTED = "-"
 MARKS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
 
 
@@ -48,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit", type=float, default=TIME_LIMIT, metavar="S", help=f"of every probe (default {TIME_LIMIT:g} s)"
     )
     parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda")
-    parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
+    parser.add_argument(
+        "--json", nargs="?", const=PRINTED, metavar="FILE", help="the verdicts as JSON, printed or in a file"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -56,11 +62,19 @@ def run(options: argparse.Namespace) -> None:
 
     if not options.time_limit > 0:
         raise ValueError(f"--time-limit must be positive, not {options.time_limit:g}")
+    if options.json is not None and options.json != PRINTED:
+        check_writable(options.json)
     verdicts = _examine(options)
-    if options.json:
-        print(json.dumps([verdict.as_dict() for verdict in verdicts], indent=2))
+    text = json.dumps([verdict.as_dict() for verdict in verdicts], indent=2)
+    if options.json == PRINTED:
+        print(text)
     else:
         _print(verdicts)
+        if options.json is not None:
+            from .._files import write_text
+
+            write_text(f"{text}\n", options.json)
+            print(f"verdicts: {options.json}")
     if code := exit_code(verdicts):
         sys.exit(code)
 

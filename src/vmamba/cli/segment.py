@@ -59,6 +59,8 @@ def inference_from(options: argparse.Namespace, antialias: bool) -> Segmentation
     if all(value is None for value in given) and _is_a_run(options.checkpoint, about_of):
         return None
     short_side = 512 if options.short_side is None else options.short_side
+    if short_side < 0:
+        raise ValueError(f"--short-side must be a number of pixels, or 0 for the image's own size, not {short_side}")
     return SegmentationInference(
         size=(4 * short_side, short_side) if short_side else None,
         window=(options.window, options.window) if options.window else None,

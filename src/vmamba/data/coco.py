@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +28,7 @@ from torchvision import tv_tensors
 from .._extras import require
 from .decoded import DecodedImages
 from .findings import Finding
-from .reading import DAMAGE, read_image
+from .reading import DAMAGE, read_image, reason_of
 
 __all__ = [
     "Category",
@@ -41,7 +44,9 @@ __all__ = [
 ON_FINDING = ("error", "skip")
 _LEAST_SIDE = 1.0  # pixels of a box's side; the official data set leaves out what is below
 _BEYOND = 1.0  # pixels that a box may reach beyond the image: annotation tools round
-_SHOWN = 5  # findings in an error message
+_SHOWN = 5  # findings in a message
+
+logger = logging.getLogger("vmamba.data")
 
 
 class Category(NamedTuple):
@@ -119,7 +124,7 @@ def check_detection(
 ) -> list[Finding]:
     """Everything that is wrong with a COCO data set, in the order of the file: images first, then annotations.
 
-    Image files are opened, not decoded; segmentations are rasterised, in memory.
+    Image files are decoded, and segmentations rasterised, in memory.
 
     Args:
         images: the folder that `file_name` is relative to.
@@ -133,7 +138,7 @@ def check_detection(
     coco = annotations if isinstance(annotations, CocoAnnotations) else read_coco(annotations)
     masks = coco.has_masks if masks is None else masks
     known = coco.categories if categories is None else categories
-    return [finding for _, finding in _examine(Path(images), coco, known, masks)]
+    return [finding for _, finding in _examine(Path(images), coco, known, masks, decode=True)]
 
 
 class CocoDataset(Dataset):
@@ -150,8 +155,8 @@ class CocoDataset(Dataset):
         categories: what the labels 1, 2, ... stand for; the file's own when None.
         masks: whether targets have masks; None: if the file has any.
         keep_empty: keep images without objects (for evaluation); training leaves them out.
-        on_finding: "error" refuses a data set that `check_detection` finds anything wrong with. "skip" leaves out what
-            cannot be used, and clips boxes to their images.
+        on_finding: "error" refuses a data set that `check_detection` finds anything wrong with (of images only the
+            headers are read here). "skip" leaves out what cannot be used, and logs it, and clips boxes to their images.
         transform: called with (image, target), gives both.
 
     Raises:
@@ -181,12 +186,13 @@ class CocoDataset(Dataset):
         if self.masks and not coco.has_masks:
             raise ValueError(f"{coco.file} has no segmentations: set masks=False to train on boxes alone")
         findings = list(_examine(self.images, coco, self.categories, self.masks))
-        if findings and on_finding == "error":
+        if findings:
             shown = "; ".join(str(finding) for _, finding in findings[:_SHOWN])
             more = f"; and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
-            raise ValueError(
-                f"{len(findings)} finding(s) in {coco.file}: {shown}{more}. Repair them, or set on_finding='skip'"
-            )
+            told = f"{len(findings)} finding(s) in {coco.file}: {shown}{more}"
+            if on_finding == "error":
+                raise ValueError(f"{told}. Repair them, or set on_finding='skip' (of a run: data.on_unreadable=skip)")
+            logger.warning("%s. What cannot be used is left out; `vmamba data check --task detection` names all", told)
         unusable = {id(entry) for entry, finding in findings if finding.kind != "beyond the image"}
         self._decoded: DecodedImages | None = None
         self._objects: dict[int, list[dict[str, Any]]] = {}
@@ -270,9 +276,11 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: it is none of these, or its run lengths are for another size.
     """
-    return torch.from_numpy(
-        require("faster_coco_eval.core.mask", "det").decode(segmentation_run_lengths(segmentation, size)) != 0
-    )
+    runs = segmentation_run_lengths(segmentation, size)
+    try:
+        return torch.from_numpy(require("faster_coco_eval.core.mask", "det").decode(runs) != 0)
+    except RuntimeError as error:  # of a text that is no compressed run lengths
+        raise ValueError(str(error)) from error
 
 
 def segmentation_run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
@@ -288,10 +296,13 @@ def segmentation_run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[s
         return library.merge(library.frPyObjects(segmentation, *size))
     if not isinstance(segmentation, Mapping) or not {"size", "counts"} <= set(segmentation):
         raise ValueError("a segmentation is a list of polygons, or run lengths with 'size' and 'counts'")
-    if tuple(segmentation["size"]) != tuple(size):
-        raise ValueError(f"run lengths for height and width {list(segmentation['size'])} in an image of {list(size)}")
+    stated = segmentation["size"]
+    if not isinstance(stated, (list, tuple)) or tuple(stated) != tuple(size):
+        raise ValueError(f"run lengths for height and width {stated} in an image of {list(size)}")
     counts = segmentation["counts"]
     if isinstance(counts, list):
+        if not all(_is_id(count) and count >= 0 for count in counts):
+            raise ValueError("run lengths must be numbers of pixels, none of them negative")
         if sum(counts) != size[0] * size[1]:
             raise ValueError(f"run lengths of {sum(counts)} pixels in an image of {size[0] * size[1]}")
         return library.frPyObjects(dict(segmentation), *size)
@@ -299,24 +310,46 @@ def segmentation_run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[s
 
 
 def _examine(
-    folder: Path, coco: CocoAnnotations, categories: Iterable[Category], masks: bool
-) -> Iterator[tuple[dict[str, Any], Finding]]:
-    """Findings, each with the entry of the file that it is about."""
+    folder: Path, coco: CocoAnnotations, categories: Iterable[Category], masks: bool, *, decode: bool = False
+) -> Iterator[tuple[Any, Finding]]:
+    """Findings, each with the entry of the file that it is about; `decode`: read whole images, not headers alone."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}")
+    names = {category.id: category.name for category in categories}
+    for category in coco.categories:
+        if category.name != names.get(category.id, category.name):
+            message = f"category {category.id} is {category.name!r} here, but {names[category.id]!r} in the list"
+            yield category, Finding("other category name", coco.file, message, category.id)
+    paths = [folder / entry["file_name"] for entry in coco.images if isinstance(entry.get("file_name"), str)]
+    with ThreadPoolExecutor() as pool:
+        opened = dict(zip(paths, pool.map(partial(_size_in_file, decode=decode), paths), strict=True))
     sizes: dict[int, tuple[int, int]] = {}
     for entry in coco.images:
-        for finding in _image_findings(folder, coco.file, entry, sizes):
+        for finding in _image_findings(folder, coco.file, entry, opened, sizes):
             yield entry, finding
-    known = {category.id for category in categories}
     seen: set[int] = set()
     for entry in coco.annotations:
-        for finding in _annotation_findings(coco.file, entry, sizes, known, seen, masks):
+        for finding in _annotation_findings(coco.file, entry, sizes, set(names), seen, masks):
             yield entry, finding
+
+
+def _size_in_file(path: Path, decode: bool) -> tuple[int, int] | Exception:
+    """Height and width of an image file, or what is wrong with it."""
+    try:
+        with Image.open(path) as image:
+            if decode:
+                image.load()
+            return image.height, image.width
+    except DAMAGE as error:
+        return error
 
 
 def _image_findings(
-    folder: Path, file: Path, entry: Mapping[str, Any], sizes: dict[int, tuple[int, int]]
+    folder: Path,
+    file: Path,
+    entry: Mapping[str, Any],
+    opened: Mapping[Path, tuple[int, int] | Exception],
+    sizes: dict[int, tuple[int, int]],
 ) -> Iterator[Finding]:
     """What is wrong with an image's entry; notes the size of a usable one in `sizes`."""
     number, name = entry.get("id"), entry.get("file_name")
@@ -331,14 +364,12 @@ def _image_findings(
     stated = (entry.get("height"), entry.get("width"))
     if all(isinstance(side, int) and side > 0 for side in stated):
         sizes[number] = stated
-    if not path.is_file():
+    size = opened[path]
+    if isinstance(size, FileNotFoundError):
         yield Finding("no image file", path, f"image {number} is not there", number)
         return
-    try:
-        with Image.open(path) as image:
-            size = (image.height, image.width)
-    except DAMAGE as error:
-        yield Finding("unreadable image", path, f"image {number} cannot be read: {error}", number)
+    if isinstance(size, Exception):
+        yield Finding("unreadable image", path, f"image {number} cannot be read: {reason_of(size)}", number)
         return
     if number in sizes and sizes[number] != size:
         message = f"image {number} is {size} pixels high and wide, {file.name} says {stated}"
@@ -367,10 +398,10 @@ def _annotation_findings(
         yield finding("duplicate annotation id", "another one has this id")
         return
     seen.add(number)
-    if entry.get("image_id") not in sizes:
+    if not _is_id(entry.get("image_id")) or entry["image_id"] not in sizes:
         yield finding("unknown image", f"there is no image of id {entry.get('image_id')}")
         return
-    if entry.get("category_id") not in known:
+    if not _is_id(entry.get("category_id")) or entry["category_id"] not in known:
         yield finding("unknown category", f"category id {entry.get('category_id')} is not in the list of categories")
         return
     size = sizes[entry["image_id"]]
@@ -395,7 +426,11 @@ def _annotation_findings(
             yield finding("no segmentation", "it has no segmentation, others have")
         return
     try:
-        area = int(require("faster_coco_eval.core.mask", "det").area(segmentation_run_lengths(segmentation, size)))
+        if isinstance(segmentation, list):
+            library = require("faster_coco_eval.core.mask", "det")
+            area = int(library.area(segmentation_run_lengths(segmentation, size)))
+        else:  # whether compressed run lengths are of this size shows when they are decoded
+            area = int(decode_segmentation(segmentation, size).sum())
     except (ValueError, TypeError) as error:
         yield finding("bad segmentation", str(error))
         return
@@ -416,9 +451,10 @@ def _is_box(value: Any) -> bool:
 
 
 def _is_polygon(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0 and bool(np.isfinite(np.array(value)).all())
-    )
+    if not isinstance(value, list) or len(value) < 6 or len(value) % 2:
+        return False
+    numbers = np.array(value)
+    return numbers.dtype.kind in "iuf" and bool(np.isfinite(numbers).all())
 
 
 def _short(value: Any, length: int = 80) -> str:

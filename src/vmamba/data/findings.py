@@ -16,12 +16,13 @@ class Finding:
     Attributes:
         kind: what, in short. Any data: "unreadable image". Masks: "no mask", "no image", "same name", "empty part",
             "unreadable mask", "other size", "unknown label". Objects: "no image file", "other image size", "duplicate
-            image id", "duplicate annotation id", "unknown image", "unknown category", "degenerate box", "outside the
-            image", "beyond the image", "no segmentation", "bad segmentation", "empty mask", "incomplete entry".
+            image id", "duplicate annotation id", "unknown image", "unknown category", "other category name",
+            "degenerate box", "outside the image", "beyond the image", "no segmentation", "bad segmentation", "empty
+            mask", "incomplete entry".
         file: the image or mask it is about (in an archive its name under the archive's); of an empty part the
             folder, of an annotation the JSON.
         message: the whole story, without the file.
-        id: in a COCO file, of the image or annotation; None where it has none.
+        id: in a COCO file, of the image, annotation or category; None where it has none.
     """
 
     kind: str

@@ -145,7 +145,12 @@ def _decode(file: Any, name: str) -> Image.Image:
         raise ValueError(_cannot_read(name, error)) from error
 
 
+def reason_of(error: BaseException) -> str:
+    """Why an image cannot be read, without its name."""
+    # Pillow names the file, and one that it got as bytes by the address of their buffer
+    unknown = isinstance(error, Image.UnidentifiedImageError)
+    return "no image file of a kind Pillow knows" if unknown else str(error)
+
+
 def _cannot_read(name: str, error: BaseException) -> str:
-    # Pillow calls an image that it got as bytes by the address of their buffer
-    what = "no image file of a kind Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
-    return f"cannot read the image {name}: {what}"
+    return f"cannot read the image {name}: {reason_of(error)}"

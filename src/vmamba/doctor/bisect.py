@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from .gradients import explodes
 from .patient import Patient
 from .verdict import Level, Verdict
 from .watching import Watch, tensors_of
@@ -26,30 +28,35 @@ class StandIn(nn.Module):
     that depend on the input, so that the graph is not cut.
 
     Args:
-        shape, dtype: of the module's output, None where it never gave one: always hands on.
+        like: the module's output, tensors of it on the meta device; None where it never gave one: always hands on.
     """
 
-    def __init__(self, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, like: Any = None) -> None:
         super().__init__()
-        self.shape, self.dtype = shape, dtype
+        self.like = like
 
-    def forward(self, *inputs: Any, **named_inputs: Any) -> Tensor:
+    def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
         x = next(tensors_of((inputs, named_inputs)))
-        if self.shape is None or tuple(x.shape) == self.shape:
-            return x
-        flat = x.to(self.dtype).flatten()
-        wanted = torch.Size(self.shape).numel()
-        repeats = -(-wanted // max(flat.numel(), 1))
-        return flat.repeat(repeats)[:wanted].view(self.shape)
+        return x if self.like is None else tree_map_only(Tensor, lambda like: _shaped(x, like), self.like)
 
 
-def parts_of(model: nn.Module, name: str) -> list[str]:
-    """The children of the module ``name`` that may be replaced; those of lists of modules, which are never called."""
+def _shaped(x: Tensor, like: Tensor) -> Tensor:
+    if x.shape == like.shape:
+        return x
+    flat, wanted = x.to(like.dtype).flatten(), like.numel()
+    repeats = -(-wanted // max(flat.numel(), 1))
+    return flat.repeat(repeats)[:wanted].view(like.shape)
+
+
+def parts_of(model: nn.Module, name: str, outputs: Mapping[str, Any] | None = None) -> list[str]:
+    """The children of the module ``name`` that may be replaced. In the place of those that are never called, such as
+    lists of modules, their own; ``outputs`` None: of others it is not known what they give."""
     parts = []
     for child, module in model.get_submodule(name).named_children():
         full = f"{name}.{child}" if name else child
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            parts += parts_of(model, full)
+        never_called = outputs is not None and full not in outputs and any(True for _ in module.children())
+        if never_called or isinstance(module, nn.ModuleList | nn.ModuleDict):
+            parts += parts_of(model, full, outputs)
         elif not isinstance(module, nn.Identity):
             parts.append(full)
     return parts
@@ -75,6 +82,10 @@ def search(troubled: Troubled, children: Children) -> list[str]:
             needed = inside + needed
         else:
             found.append(name)
+    # what had to go because a larger part beside it was gone
+    for name in list(found):
+        if len(found) > 1 and not troubled(frozenset(found) - {name}):
+            found.remove(name)
     return found
 
 
@@ -96,25 +107,29 @@ def _needed(troubled: Troubled, parts: Sequence[str], replaced: frozenset[str]) 
     return taken
 
 
-def symptom(patient: Patient, replaced: Sequence[str] = (), shapes: dict[str, Any] | None = None) -> str:
-    """What is wrong with one step, in a word: "" for nothing, "loss is not finite", "gradient is not finite", or the
-    error it raises."""
+def symptom(patient: Patient, replaced: Sequence[str] = (), outputs: Mapping[str, Any] | None = None) -> str:
+    """What is wrong with one step, in a word: "" for nothing, "loss is not finite", "loss is detached", "gradient is
+    not finite", "exploding gradient", or the error it raises."""
     patient.restore()
     leaves: list[Tensor] = list(patient.subject.model.parameters())
     subject = dataclasses.replace(patient.subject, batch=_wanting_gradients(patient.subject.batch, leaves))
-    with _replaced(subject.model, replaced, shapes or {}):
+    with _replaced(subject.model, replaced, outputs or {}):
         try:
             patient.position.note("forward")
             loss = subject.compute_loss(subject.precision)
             if not bool(loss.isfinite().all()):
                 return "loss is not finite"
+            if not loss.requires_grad:
+                return "loss is detached"
             patient.position.note("backward")
-            if loss.requires_grad:
-                loss.backward()
+            loss.backward()
         except Exception as error:  # the symptom that is looked for may be any
             return type(error).__name__
     gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
-    return "" if all(bool(g.isfinite().all()) for g in gradients) else "gradient is not finite"
+    if not all(bool(g.isfinite().all()) for g in gradients):
+        return "gradient is not finite"
+    norms = (float(p.grad.float().norm()) for p in subject.model.parameters() if p.grad is not None)
+    return "exploding gradient" if explodes(math.hypot(*norms), subject) else ""
 
 
 def _wanting_gradients(batch: Any, leaves: list[Tensor]) -> Any:
@@ -133,11 +148,12 @@ def _wanting_gradients(batch: Any, leaves: list[Tensor]) -> Any:
     return batch
 
 
-def examine_parts(patient: Patient) -> list[Verdict]:
+def examine_parts(patient: Patient, runs_forward: bool) -> list[Verdict]:
     """The tree of parts and their classes, as a verdict that the parent reads."""
+    outputs = _outputs(patient) if runs_forward else None
     model = patient.subject.model
     names = [name for name, _ in model.named_modules()]
-    figures = {"parts": {name: parts_of(model, name) for name in names}, "kinds": _kinds(model)}
+    figures = {"parts": {name: parts_of(model, name, outputs) for name in names}, "kinds": _kinds(model)}
     return [Verdict(Level.OK, "parts", "", figures=figures)]
 
 
@@ -145,9 +161,12 @@ def _kinds(model: nn.Module) -> dict[str, str]:
     return {name: type(module).__name__ for name, module in model.named_modules()}
 
 
-def examine_symptom(patient: Patient, replaced: Sequence[str] = ()) -> list[Verdict]:
-    """One step with modules replaced, as a verdict that the parent reads: for trouble that ends the process."""
-    found = symptom(patient, replaced)
+def examine_symptom(patient: Patient, replaced: Sequence[str], runs_forward: bool) -> list[Verdict]:
+    """One step with modules replaced, as a verdict that the parent reads: for trouble that ends the process.
+
+    runs_forward: the forward pass comes back, so that one may ask what the modules give.
+    """
+    found = symptom(patient, replaced, _outputs(patient) if runs_forward else None)
     return [Verdict(Level.OK, "symptom", found)]
 
 
@@ -156,14 +175,14 @@ def culprit(patient: Patient) -> list[Verdict]:
     trouble = symptom(patient)
     if not trouble:
         return [_nothing()]
-    shapes = _shapes(patient)
+    outputs = _outputs(patient)
     model = patient.subject.model
 
     def troubled(replaced: frozenset[str]) -> bool:
         # any trouble counts: where a stand-in breaks the step, nothing is learned from it
-        return bool(symptom(patient, sorted(replaced), shapes))
+        return bool(symptom(patient, sorted(replaced), outputs))
 
-    return [verdict_of(search(troubled, lambda name: parts_of(model, name)), trouble, _kinds(model))]
+    return [verdict_of(search(troubled, lambda name: parts_of(model, name, outputs)), trouble, _kinds(model))]
 
 
 def verdict_of(found: Sequence[str], trouble: str, kinds: Mapping[str, str]) -> Verdict:
@@ -192,29 +211,39 @@ def _nothing() -> Verdict:
 
 
 @contextlib.contextmanager
-def _replaced(model: nn.Module, names: Sequence[str], shapes: dict[str, Any]) -> Iterator[None]:
+def _replaced(model: nn.Module, names: Sequence[str], outputs: Mapping[str, Any]) -> Iterator[None]:
     before = {}
     try:
         for name in names:
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
             before[name] = owner, child, owner._modules[child]
-            owner._modules[child] = StandIn(*shapes.get(name, (None, None)))
+            owner._modules[child] = _stand_in(before[name][2], name, outputs)
         yield
     finally:
         for owner, child, module in before.values():
             owner._modules[child] = module
 
 
-def _shapes(patient: Patient) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of what every module gives, where that is one tensor."""
-    shapes = {}
+def _stand_in(module: nn.Module, name: str, outputs: Mapping[str, Any]) -> nn.Module:
+    """In the place of a sequence a sequence, since models count its parts and walk through them."""
+    stand_in = StandIn(outputs.get(name))
+    if not isinstance(module, nn.Sequential):
+        return stand_in
+    parts = ((child, _stand_in(part, f"{name}.{child}", outputs)) for child, part in module.named_children())
+    sequence = nn.Sequential(OrderedDict(parts))
+    sequence.forward = stand_in.forward
+    return sequence
+
+
+def _outputs(patient: Patient) -> dict[str, Any]:
+    """What every module that is called gives, its tensors on the meta device: shapes and dtypes."""
+    outputs = {}
 
     def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            shapes[name] = tuple(output.shape), output.dtype
+        outputs[name] = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), output)
 
     patient.restore()
     with Watch(patient.subject, patient.position, after=after) as watch, contextlib.suppress(Exception):
         watch.forward(patient.subject.precision)
-    return shapes
+    return outputs

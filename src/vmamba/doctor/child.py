@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Failed", "Finished", "Stalled", "run_with_limit"]
+__all__ = ["END_SECONDS", "Failed", "Finished", "Stalled", "end_with_parent", "run_with_limit"]
 
 # importing torch on a busy machine, before the function's own time begins
 START_SECONDS = 180.0
 # from the dump of the stacks to the end of the process
 GRACE_SECONDS = 2.0
+# from the signal that ends a process to its end
+END_SECONDS = 10.0
 _OUTPUT_CHARACTERS = 4000
 _POLL_SECONDS = 0.02
 # sys.path first: the function may live beside a user's script. The rest of the start is this module's own
@@ -125,7 +128,9 @@ def _end(process: subprocess.Popen) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
-    process.wait()
+    # what waits in the kernel for a driver or a disk does not hear of it, and is not waited for
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
 
 
 def _result(process: subprocess.Popen, folder: Path, seconds: float, ended: bool) -> Finished | Failed | Stalled:
@@ -141,9 +146,17 @@ def _result(process: subprocess.Popen, folder: Path, seconds: float, ended: bool
     return Failed(f"the process died: {how}", "", output)
 
 
+def end_with_parent() -> None:
+    """Should the process that started this one be killed, so is this one, where the system offers it."""
+    if sys.platform == "linux":
+        # option 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def _serve(folder: str, seconds: float) -> None:
     """What the fresh process does: the call, under a clock of C that no Python code can hold up."""
     here = Path(folder)
+    end_with_parent()
     stacks = open(here / "stacks", "w")  # noqa: SIM115 faulthandler writes to it until the process ends
     (here / "started").touch()
     faulthandler.dump_traceback_later(seconds, file=stacks)

@@ -20,11 +20,20 @@ import torch
 
 from ..ops import backends
 from ..ops.dispatch import BackendStatus
-from .child import Failed, Finished, run_with_limit
+from .child import Failed, Finished, Stalled, run_with_limit
 from .speed import Speed, measure
 from .verdict import Level, Verdict
 
-__all__ = ["Facts", "Gpu", "examine_environment", "gather", "judge_backend", "judge_facts", "judge_speed"]
+__all__ = [
+    "Facts",
+    "Gpu",
+    "examine_environment",
+    "gather",
+    "judge_backend",
+    "judge_facts",
+    "judge_speed",
+    "slow_variables",
+]
 
 PROBE_SECONDS = 120.0
 OLDEST_PYTHON = (3, 10)
@@ -334,10 +343,15 @@ def _backends(facts: Facts) -> Iterator[Verdict]:
 
 
 def _variables(facts: Facts) -> Iterator[Verdict]:
-    for name, value in facts.variables.items():
-        when, effect = SLOW_VARIABLES[name]
-        # hidden GPUs are news only where there are GPUs
-        if when(value) and (name != "CUDA_VISIBLE_DEVICES" or facts.seen_gpus):
+    # hidden GPUs are news only where there are GPUs
+    return slow_variables({n: v for n, v in facts.variables.items() if n != "CUDA_VISIBLE_DEVICES" or facts.seen_gpus})
+
+
+def slow_variables(variables: Mapping[str, str]) -> Iterator[Verdict]:
+    """Of these variables of the environment, those that make a training slow."""
+    for name, value in variables.items():
+        when, effect = SLOW_VARIABLES.get(name, (lambda _: False, ""))
+        if when(value):
             yield Verdict(
                 Level.WARNING,
                 "slow by environment variable",
@@ -383,6 +397,20 @@ def _extras(facts: Facts) -> Iterator[Verdict]:
         "extras",
         f"{'; '.join(parts)}. pip install 'vmamba[NAME]'.",
         figures={"packages": dict(facts.packages)},
+    )
+
+
+def _no_facts(asked: Failed | Stalled, seconds: float) -> Verdict:
+    if isinstance(asked, Failed):
+        what = f"failed: {asked.error}"
+    else:
+        what = f"was not done after {seconds:g} s; it was in {innermost(asked.stacks)}"
+    return Verdict(
+        Level.PROBLEM,
+        "machine does not answer",
+        f"Asking for versions and devices {what}.",
+        "Mostly the GPU's driver hangs or is broken: see nvidia-smi and dmesg, and restart the machine. With "
+        "CUDA_VISIBLE_DEVICES= (set, and empty) the CPU is examined alone.",
     )
 
 
@@ -498,7 +526,11 @@ def examine_environment(
         ValueError: there is no such device here.
     """
     progress("looking at versions and devices")
-    facts = gather()
+    # a driver that hangs takes whoever asks it with it
+    asked = run_with_limit(gather, seconds=seconds)
+    if not isinstance(asked, Finished):
+        return [_no_facts(asked, seconds)]
+    facts = asked.value
     devices = [name for name in facts.backends if name in ("cpu", "cuda")]
     if device != "auto":
         if device not in devices:

@@ -12,16 +12,19 @@ from torch.autograd.graph import Node
 from .learning import has_learned, trial
 from .losses import failure
 from .patient import Patient
+from .subject import Subject
 from .verdict import Level, Verdict
 from .watching import Watch, custom_function, named
 from .wording import listed, number, plural
 
-__all__ = ["examine_gradients"]
+__all__ = ["examine_gradients", "explodes"]
 
 # the norm of the whole gradient of a freshly initialised network is 1 to 100; beyond this clipping at the usual 1 to 5
 # changes nearly every step
 EXPLODING = 1e3
 CLIPS = (5.0, 1.0, 0.1)
+# of the largest norm: a branch that starts with a factor of a millionth is no alarm
+VANISHING = 1e-9
 # a layer that starts at zero holds the gradient of what is before it at zero for the first step
 ZERO_STEPS = 3
 
@@ -68,13 +71,14 @@ def examine_gradients(patient: Patient) -> list[Verdict]:
     largest = max(norms, key=lambda name: norms[name], default="")
     figures = {"norm": total, "largest": largest}
     clip = patient.subject.clip_norm
-    if not math.isfinite(total) or (total > EXPLODING and not 0 < clip < total):
+    if explodes(total, patient.subject):
         found.append(_exploding(patient, total, largest, norms))
     zeros = _dead(norms)
-    if zeros:
-        zeros = _always_zero(patient, zeros)
+    zeros, small = _stays_small(patient, zeros) if zeros else ([], [])
     if zeros:
         found.append(_zero(zeros, figures))
+    if small:
+        found.append(_vanishes(small, norms, largest, figures))
     if found:
         return found
     clipped = f", clipped to {number(clip)}" if 0 < clip < total else ""
@@ -86,6 +90,11 @@ def examine_gradients(patient: Patient) -> list[Verdict]:
             figures=figures,
         )
     ]
+
+
+def explodes(norm: float, subject: Subject) -> bool:
+    """Whether the whole gradient has a norm that nothing clips and that is far beyond what networks learn with."""
+    return not math.isfinite(norm) or (norm > EXPLODING and not 0 < subject.clip_norm < norm)
 
 
 def _finite(tensors: Any) -> bool:
@@ -170,27 +179,47 @@ def _taming_clip(patient: Patient) -> float | None:
 
 
 def _dead(norms: dict[str, float]) -> list[str]:
-    """Parameters with a gradient of 0 in modules where no other has one: a single one may have nothing to say, such as
-    a scan's time constants on an image of one pixel."""
-    alive = {name.rpartition(".")[0] for name, norm in norms.items() if norm != 0}
-    return [name for name, norm in norms.items() if norm == 0 and name.rpartition(".")[0] not in alive]
+    """Parameters with next to no gradient in modules where no other has one: a single one may have nothing to say, such
+    as a scan's time constants on an image of one pixel."""
+    # beside a gradient that explodes all others are small
+    largest = max(norms.values(), default=0.0)
+    least = VANISHING * largest if largest <= EXPLODING else 0.0
+    alive = {name.rpartition(".")[0] for name, norm in norms.items() if norm > least}
+    return [name for name in norms if name.rpartition(".")[0] not in alive]
 
 
-def _always_zero(patient: Patient, zeros: list[str]) -> list[str]:
-    """Those of the parameters whose gradient stays exactly zero for some steps."""
+def _stays_small(patient: Patient, names: list[str]) -> tuple[list[str], list[str]]:
+    """Of these parameters, those whose gradient stays exactly zero for some steps, and those where it stays tiny."""
+    zeros = list(names)
     patient.restore()
     for step in range(ZERO_STEPS):
         if step and not patient.has_time():
-            return []
+            return [], []
         torch.manual_seed(step)
         patient.position.note("forward")
         loss = patient.subject.compute_loss()
         patient.position.note("backward")
         loss.backward()
-        gradients = {name: p.grad for name, p in patient.subject.model.named_parameters()}
-        zeros = [name for name in zeros if gradients[name] is None or not bool(gradients[name].any())]
+        parameters = patient.subject.model.named_parameters()
+        norms = {name: 0.0 if p.grad is None else float(p.grad.float().norm()) for name, p in parameters}
+        zeros = [name for name in zeros if norms[name] == 0]
+        still = set(_dead(norms))
+        names = [name for name in names if name in still]
         patient.update()
-    return zeros
+    return zeros, [name for name in names if name not in zeros]
+
+
+def _vanishes(small: list[str], norms: dict[str, float], largest: str, figures: dict[str, Any]) -> Verdict:
+    least = min(norms[name] for name in small)
+    return Verdict(
+        Level.WARNING,
+        "gradient vanishes",
+        f"In {ZERO_STEPS} steps the gradient of {plural(len(small), 'parameter')} stayed below a billionth of the "
+        f"largest, down to {number(least)} against {number(norms[largest])} of {largest}: {listed(small)}.",
+        "Hardly anything reaches these layers: look after them for saturated activations in a row, such as sigmoids; "
+        "take ReLU or GELU, normalisation and residual connections.",
+        {**figures, "parameters": small},
+    )
 
 
 def _zero(zeros: list[str], figures: dict[str, Any]) -> Verdict:

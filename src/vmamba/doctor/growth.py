@@ -115,7 +115,8 @@ def _sizes(inputs: Tensor) -> Iterator[tuple[Tensor, int]]:
     if inputs.ndim == 4 and inputs.is_floating_point():
         for scale in (0.25, 0.5, 1, 2):
             size = [round(scale * side) for side in inputs.shape[2:]]
-            yield (inputs if scale == 1 else F.interpolate(inputs, size=size, mode="nearest")), math.prod(size)
+            if all(size):
+                yield (inputs if scale == 1 else F.interpolate(inputs, size=size, mode="nearest")), math.prod(size)
     elif inputs.ndim in (2, 3):
         length = inputs.shape[1]
         for scale in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2):

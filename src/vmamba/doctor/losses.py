@@ -219,7 +219,7 @@ def failure(error: BaseException, patient: Patient) -> Verdict:
     return Verdict(
         Level.PROBLEM,
         name,
-        f"In the {place.phase} pass{where}: {type(error).__name__}: {text}{line}",
+        f"In {place.phase}{where}: {type(error).__name__}: {text}{line}",
         remedy,
         {"phase": place.phase, "module": owner, "error": type(error).__name__},
     )

@@ -8,7 +8,6 @@ killed with everything it started (it leads a process group).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -26,8 +25,9 @@ from typing import Any
 
 import torch
 
+from .child import END_SECONDS, end_with_parent
 from .position import SET_UP, Place, Position
-from .subject import Subject, load
+from .subject import MISTAKES, Subject, load
 from .verdict import Level, Verdict
 
 __all__ = ["Job", "Report", "Source", "Work", "run_jobs"]
@@ -37,7 +37,6 @@ POLL = 0.02
 LAST_WORDS = 1.0
 # a child that still moved in this last part of its time is slow, not stuck
 STILL_MOVING = 0.2
-MISTAKES = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)
 # a new interpreter imports torch, on a busy machine; the time of its first job begins after that
 START_SECONDS = 180.0
 # characters of stacks that are kept
@@ -155,7 +154,9 @@ class _Child:
                     os.kill(self.pid, signal.SIGKILL)
         elif self._process is not None:
             self._process.kill()
-        while self.poll() is None:
+        # what waits in the kernel for a driver or a disk does not hear of it, and is not waited for
+        last = time.monotonic() + END_SECONDS
+        while self.poll() is None and time.monotonic() < last:
             time.sleep(POLL)
 
 
@@ -238,9 +239,7 @@ def _child(source: Source, jobs: Sequence[Job], time_limit: float, work: Work, f
         for stream in (1, 2):
             os.dup2(output, stream)
         sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115 for life
-    if sys.platform == "linux":
-        # should our parent be killed, so are we: option 1 is PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    end_with_parent()
     stacks = open(folder / "stacks.txt", "a")  # noqa: SIM115 for the life of the process
     faulthandler.enable(stacks)
     if hasattr(faulthandler, "register"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from ..layers import SS2D
 from ..ops import backends
 from ..ops.dispatch import BackendStatus
+from .environment import slow_variables
 from .patient import Patient
 from .verdict import Level, Verdict
 
@@ -31,10 +33,25 @@ def offers_of(device: torch.device) -> Offers:
 
 
 def examine_slow_paths(patient: Patient) -> list[Verdict]:
-    """Which backend the model's scans run on, and whether there is a faster one."""
+    """Which backend the model's scans run on, whether there is a faster one, and switches that slow a step down."""
     subject = patient.subject
+    found = [*(slow_variables(os.environ) if subject.device.type == "cuda" else ()), *_anomaly_detection()]
     scans = any(isinstance(module, SS2D) for module in subject.model.modules())
-    return judge_paths(subject.device, scans, offers_of(subject.device))
+    return [*found, *judge_paths(subject.device, scans, offers_of(subject.device))]
+
+
+def _anomaly_detection() -> list[Verdict]:
+    if not torch.is_anomaly_enabled():
+        return []
+    return [
+        Verdict(
+            Level.WARNING,
+            "anomaly detection is on",
+            "torch.autograd.set_detect_anomaly is on: every operator writes its stack down, and backward looks for NaN "
+            "after each, several times slower.",
+            "Switch it off, or put it around the few steps in which you look for a NaN.",
+        )
+    ]
 
 
 def judge_paths(device: torch.device, scans: bool, offers: Offers) -> list[Verdict]:

@@ -21,10 +21,10 @@ SIDES = {"cpu": (28, 40, 56, 80), "cuda": (28, 56, 112, 168)}
 ROUNDS = 7
 
 # What forward and backward usually take, in times of their bytes' floor. The portable backend on the CPU goes some
-# forty times through arrays of x's size: 50 and 74 to 53 and 85 measured with AVX-512, L = 3136. The kernels are bound
-# by three special functions a number: 10 and 25 in bf16 on an H200 (docs/results/h200_ss2d_variants.txt), in fp32 at
-# most that.
-USUAL = {"cpu": (55.0, 90.0), "cuda": (10.0, 25.0)}
+# forty times through arrays of x's size: 50 and 74 to 64 and 92 measured with AVX-512 on two machines, 73 and 109 with
+# two threads beside an H200. There the kernels, bound by three special functions a number, took 15.6 and 19.4
+# (docs/results/h200_doctor.txt).
+USUAL = {"cpu": (60.0, 90.0), "cuda": (16.0, 19.0)}
 
 
 @dataclass(frozen=True)

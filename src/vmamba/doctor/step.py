@@ -17,6 +17,8 @@ from .wording import listed
 
 __all__ = ["examine"]
 
+PASSES = {"forward": "forward pass", "backward": "backward pass", "optimiser": "optimiser's step"}
+
 # trials of a bisection of a step that stalls each wait this share of the limit, and at least so many seconds
 TRIAL_SHARE, TRIAL_LEAST = 0.2, 2.0
 
@@ -132,12 +134,13 @@ def _ended(report: Report, time_limit: float) -> Verdict:
             "were forked; try num_workers=0, or multiprocessing_context='spawn'.",
             figures,
         )
+    phase = PASSES.get(place.phase, place.phase)
     progress = f", {place.done} of {place.total} nodes done" if place.total else ""
     if report.moving:
         return Verdict(
             Level.PROBLEM,
             f"{place.phase} is slow",
-            f"The {place.phase} pass is not stuck, but not through after {time_limit:.0f} s{progress}; it was"
+            f"The {phase} is not stuck, but not through after {time_limit:.0f} s{progress}; it was"
             f"{module or ' under way'}.{at}",
             "Look at the growth verdict for a loop that is quadratic in the length, and at the backend; a smaller "
             "batch, or a longer time limit, lets the examination go on.",
@@ -146,7 +149,7 @@ def _ended(report: Report, time_limit: float) -> Verdict:
     return Verdict(
         Level.PROBLEM,
         f"{place.phase} never returns",
-        f"The {place.phase} pass did not come back within {time_limit:.0f} s{progress}; it hangs{module}.{at}",
+        f"The {phase} did not come back within {time_limit:.0f} s{progress}; it hangs{module}.{at}",
         "Look at the line named here: a lock, a queue, a collective or another process that it waits for. Only code of "
         "your own or an extension can wait there; torch's operators do not.",
         figures,
@@ -154,7 +157,7 @@ def _ended(report: Report, time_limit: float) -> Verdict:
 
 
 def _bisect(source: Source, report: Report, verdicts: Sequence[Verdict], time_limit: float) -> list[Verdict]:
-    if all(verdict.level is not Level.PROBLEM for verdict in verdicts):
+    if all(verdict.level is Level.OK for verdict in verdicts):
         return [Verdict(Level.OK, "bisect", "No problem to look for.")]
     stalled = report.stalled is not None and report.stalled.name in ("loss", "gradients")
     first = [Job("loader")] if _needs_loader(source) else []
@@ -162,10 +165,11 @@ def _bisect(source: Source, report: Report, verdicts: Sequence[Verdict], time_li
         found = _run(source, [*first, Job("bisect")], time_limit)
         return found.verdicts[len(found.verdicts) - 1 :] if found.stalled is None else [_ended(found, time_limit)]
     trial_limit = max(TRIAL_LEAST, TRIAL_SHARE * time_limit)
-    tree = _run(source, [Job("parts")], time_limit).verdicts[0].figures
+    runs_forward = report.stalled.name == "gradients"
+    tree = _run(source, [*first, Job("parts", (runs_forward,))], time_limit).verdicts[-1].figures
 
     def troubled(replaced: frozenset[str]) -> bool:
-        jobs = [*first, Job("symptom", (sorted(replaced),))]
+        jobs = [*first, Job("symptom", (sorted(replaced), runs_forward))]
         trial = run_jobs(source, jobs, trial_limit, work, set_up_limit=time_limit)
         return trial.stalled is not None or bool(trial.verdicts[-1].message)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Subject", "leaves", "load", "to_device"]
+from .stacks import is_users
+
+__all__ = ["MISTAKES", "Subject", "leaves", "load", "to_device"]
+
+# what is told in a line and no finding: the user named something that is not there or cannot be
+MISTAKES = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 # keys of a batch that is a mapping, and of the targets of detection
@@ -144,8 +150,8 @@ def load(target: str, overrides: Sequence[str] = (), device: str = "auto") -> Su
     path = Path(target)
     if path.is_dir() or path.suffix in CONFIG_SUFFIXES:
         return _from_config(path, overrides, device)
-    module, colon, function = target.rpartition(":")
-    if not colon:
+    module, _, function = target.rpartition(":")
+    if not (module and function):
         raise FileNotFoundError(f"{target!r} is no config (.yaml), run directory or MODULE:FUNCTION")
     if overrides:
         raise ValueError(f"--set belongs to a config; {target} is a function: {', '.join(overrides)}")
@@ -183,7 +189,13 @@ def _from_function(module: str, name: str, device: str) -> Subject:
     function = getattr(importlib.import_module(module), name, None)
     if not callable(function):
         raise ValueError(f"the module {module} has no function {name!r}")
-    made = function()
+    try:
+        made = function()
+    except MISTAKES as error:
+        kind = next(cls for cls in MISTAKES if isinstance(error, cls))
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
+        line = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        raise kind(f"{module}:{name} raises {type(error).__name__}: {error}{line}") from error
     if not isinstance(made, Subject):
         if not isinstance(made, tuple) or len(made) != 3:
             raise ValueError(f"{module}:{name} must return a Subject or (model, loss, batch), not {_kind(made)}")

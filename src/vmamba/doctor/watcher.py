@@ -134,6 +134,8 @@ WHAT_IT_MEANS = {
     "scan as a Python loop, a backend without kernels.",
     "optimiser": "Clipping or the optimiser's step does not end.",
     "collective": "This process waits for others in an operation of all processes, and one of them does not come.",
+    "compilation": "Kernels are being compiled for the GPU, as the first step of a network does, with others each time "
+    "that shapes or dtypes are new.",
     "validation": "Validation does not end.",
     "checkpoint": "A checkpoint is being written: the disk is slow or does not answer.",
 }
@@ -148,12 +150,15 @@ WHAT_TO_DO = {
     "collective": "Compare with the stall files of the other processes: the one that is somewhere else is the cause. "
     "Usual: fewer batches in one process, an exception in one, a branch that only one takes, a parameter without a "
     "gradient (DDP's find_unused_parameters).",
+    "compilation": "Wait: it takes a minute or two, with few processors longer, and what was compiled is kept on the "
+    "disk for the next run (TRITON_CACHE_DIR). Choose more seconds for the watchdog.",
     "validation": "Validate on fewer images, or see the stack for what it waits for.",
     "checkpoint": "See whether the disk is full or a network share is away.",
 }
 
 # files and functions of a frame that tell the phase, whatever was marked
 _TELLING = (
+    ("compilation", re.compile(r"/triton/.* in (compile|make_\w+|_build)$")),
     ("collective", re.compile(r"torch/distributed/(distributed_c10d|_functional_collectives|c10d_logger)\.py")),
     ("data", re.compile(r"torch/utils/data/")),
     ("checkpoint", re.compile(r"torch/serialization\.py")),
@@ -162,6 +167,8 @@ _TELLING = (
 )
 # marks of a loop that sets none of its own
 _BETWEEN = ("", "start", "data")
+# a pass before the first step, in which nothing is computed, whatever its frames are called
+_AHEAD = re.compile(r"vmamba/ops/.* in compile_ahead$")
 _DDP = re.compile(r" in _engine_run_backward$|torch/nn/parallel/distributed\.py")
 _FRAME = re.compile(r'^\s+File "')
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)")
@@ -187,6 +194,8 @@ def diagnose(marked: str, frames: Sequence[str], world: int) -> Stall:
         frames: of the training's thread, innermost first.
         world: processes that train together.
     """
+    if any(_AHEAD.search(frame) for frame in frames):
+        return Stall("compilation", marked)
     for depth, frame in enumerate(frames):
         # no Python below: DDP waits in C++ for the others, in backward for their gradients
         if depth == 0 and world > 1 and _DDP.search(frame):

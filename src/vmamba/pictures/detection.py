@@ -22,7 +22,8 @@ def draw_detections(image: Image.Image, detections: Mapping[str, Tensor], names:
     Small pictures are enlarged by a whole factor. A class has a colour; of a single class every object has its own.
 
     Args:
-        detections: `boxes` (N, 4) x1 y1 x2 y2, `labels` (N,) from 1, `scores` (N,), and perhaps `masks` (N, 1, H, W).
+        detections: `boxes` (N, 4) x1 y1 x2 y2, `labels` (N,) from 1, and perhaps `scores` (N,), which annotations have
+            not, and `masks` (N, 1, H, W).
         names: of the labels 1, 2, ...
     """
     factor = max(1, -(-_LEAST_LONG_SIDE // max(image.size)))
@@ -43,7 +44,9 @@ def draw_detections(image: Image.Image, detections: Mapping[str, Tensor], names:
     for i in backwards:
         draw.rectangle(boxes[i], outline=colours[i], width=width)
     for i in backwards:
-        text = f"{names[labels[i] - 1]} {detections['scores'][i]:.2f}"
+        text = names[labels[i] - 1]
+        if "scores" in detections:
+            text += f" {detections['scores'][i]:.2f}"
         _write(draw, text, boxes[i], colours[i], font, size)
     return picture
 

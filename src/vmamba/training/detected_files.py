@@ -26,6 +26,7 @@ from .evaluation import evaluate
 __all__ = ["DetectionResult", "evaluate_detection", "load_trained_detector"]
 
 COCO_CLASSES = 80
+SHOWN_CATEGORIES = 5  # in a message
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ def evaluate_detection(
     known = part.coco.categories if categories is None else categories
     if len(known) != model.classes:
         raise ValueError(f"{part.coco.file} has {len(known)} categories, but the detector knows {model.classes}")
+    if others := sorted(set(part.coco.categories) - set(known)):
+        shown = ", ".join(f"{number} {name!r}" for number, name in others[:SHOWN_CATEGORIES])
+        raise ValueError(
+            f"{part.coco.file} has categories that the detector does not know by this id and name: {shown}"
+        )
     masks = model.has_masks and part.coco.has_masks
     dataset = CocoDataset(
         part.images,

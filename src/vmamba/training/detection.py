@@ -150,13 +150,12 @@ class DetectionJob(Job):
         dataset, rows = self.parts[part], []
         for i in spread(range(len(dataset)), SHEET_IMAGES):
             photo, (_, target) = read_image(dataset.file(i)), dataset[i]
-            truth = {**target, "scores": torch.ones(len(target["labels"]))}
             found = detect(model.eval(), photo)
             shown = found["scores"] >= SHOWN_SCORE
             found = {name: tensor[shown] for name, tensor in found.items()}
             if self.masks:
-                truth["masks"] = truth["masks"][:, None]
-            rows.append([photo, *(draw_detections(photo, what, self.display_names) for what in (truth, found))])
+                target = target | {"masks": target["masks"][:, None]}
+            rows.append([photo, *(draw_detections(photo, what, self.display_names) for what in (target, found))])
         path = folder / "predictions.png"
         heading = f"{len(rows)} of {len(dataset)} {PART_NAMES[part]} images, scores from {SHOWN_SCORE}"
         save_picture_rows(rows, ("image", "labelled", "found"), path, heading)

@@ -186,6 +186,11 @@ class Recorder(pl.Callback):
         }
         checkpoint[ABOUT] = self._describe(self.finished_epochs, metrics, averaged=bool(prefix))
 
+    def on_train_end(self, trainer: pl.Trainer, module: TaskModule) -> None:
+        # asked to stop since the last step: the report, another pass over the images, is for a resume
+        if self.world.any(self._stop_asked):
+            self._stop(trainer)
+
     def on_exception(self, trainer: pl.Trainer, module: TaskModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and self.world.is_first:
             print(f"\nstopped; go on with: vmamba train --resume {self.run_dir}", flush=True)

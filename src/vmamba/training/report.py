@@ -112,12 +112,12 @@ def save_curves(
     _save(figure, path)
 
 
-def save_resources(csv_path: Path, path: Path) -> bool:
+def save_resources(csv_path: str | Path, path: str | Path) -> bool:
     """Draw the history of a watchdog, its ``resources.csv``, over the minutes; shaded where the training stalled.
 
     False where there is nothing to draw: no file, or no line in it.
     """
-    if not csv_path.is_file():
+    if not Path(csv_path).is_file():
         return False
     with open(csv_path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -70,6 +70,9 @@ class SegmentationJob(Job):
                 f"a UPerNet's batch norms need at least {LEAST_BATCH} images in a pass, and data.batch_size "
                 f"{self.config.data.batch_size} leaves {share.batch_size}"
             )
+        for part in self.files if self.config.data.in_memory else ():
+            if part != "test" or share.rank == 0:  # the first process alone measures test images
+                self._samples(part)
 
     def try_model(self, model: nn.Module) -> None:
         height, width = 64, 96

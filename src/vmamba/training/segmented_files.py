@@ -139,6 +139,10 @@ def evaluate_segmentation(
     part, samples = ("test", splits.test) if splits.test is not None else ("validation", splits.val)
     if model.num_classes != len(splits.classes):
         raise ValueError(f"the model knows {model.num_classes} classes, the data has {len(splits.classes)}")
+    if about is not None and about.classes != splits.classes:
+        pairs = zip(about.classes, splits.classes, strict=True)
+        i, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(f"the model knows class {i} as {ours!r}, in the data it is {theirs!r}")
     task = Segmentation(model.num_classes, inference=inference or _inference_of(about))
     loader = DataLoader(TransformedMasks(samples, segmentation_evaluation_transform()), num_workers=workers)
     scores = evaluate(model, task, loader, device, precision)

@@ -35,7 +35,7 @@ def test_every_fault_is_found_and_its_file_named(folder) -> None:
         "masks/train/0.png": ("unknown label", "label(s) 7: the 3 classes are 0 to 2, ignored is 255"),
         "masks/train/1.png": ("other size", "is 18x24 pixels, its image"),
         "masks/train/2.png": ("unreadable mask", "is a colour picture (RGB)"),
-        "images/train/3.png": ("unreadable image", "cannot read the image"),
+        "images/train/3.png": ("unreadable image", "cannot be read: "),
         "images/val/0.png": ("no mask", "has no mask under"),
         "masks/val/stray.png": ("no image", "has no image under"),
         "images/val/1.png": ("same name", "has the name of another file"),
@@ -46,6 +46,7 @@ def test_every_fault_is_found_and_its_file_named(folder) -> None:
         assert message in found[name].message
         assert str(found[name]).startswith(f"{folder / name}: ")
         assert "\n" not in str(found[name])
+        assert str(found[name]).count(str(folder / name)) == 1
 
 
 def test_a_part_without_pairs(folder) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..findings import Finding
-from ..reading import DAMAGE, read_image
+from ..reading import DAMAGE, read_image, reason_of
 from .masks import LabelMap, MaskedImages, mask_problem, read_index_mask
 from .sources import SegmentationSource, find_segmentation, pair_files
 
@@ -50,14 +50,14 @@ def check_segmentation(source: str | Path | SegmentationSource) -> list[Finding]
 def without_unusable(samples: MaskedImages, on_unreadable: str) -> MaskedImages:
     """The samples that training can use, once they are checked before it starts.
 
-    With "error" the headers of all files are read; what only the pixels tell (a damaged end, an unknown label) is for
+    With "error" all masks are read, and of the images the headers: a photo with a damaged end is for
     :func:`check_segmentation`. With "skip" everything is read, and what is of no use is left out and logged.
 
     Raises:
-        ValueError: with "error", files that cannot be read or masks of another size than their image; with "skip",
-            nothing is left. Names the files.
+        ValueError: with "error", files that cannot be read, masks of another size than their image or with unknown
+            labels; with "skip", nothing is left. Names the files.
     """
-    check = _check_pair if on_unreadable == "skip" else _check_headers
+    check = _check_pair if on_unreadable == "skip" else _check_mask
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(check, samples.images, samples.masks, [samples.labels] * len(samples)))
     findings = [finding for finding in found if finding is not None]
@@ -74,27 +74,29 @@ def without_unusable(samples: MaskedImages, on_unreadable: str) -> MaskedImages:
     return samples.subset(kept)
 
 
-def _check_headers(image: Path, mask: Path, labels: LabelMap) -> Finding | None:
-    sizes = []
-    for kind, path in (("unreadable image", image), ("unreadable mask", mask)):
-        try:
-            with Image.open(path) as opened:
-                sizes.append(opened.size)
-        except DAMAGE as error:
-            return Finding(kind, path, f"cannot be read: {error}")
-    if sizes[0] != sizes[1]:
-        return Finding("other size", mask, "is {}x{} pixels, its image {} is {}x{}".format(*sizes[1], image, *sizes[0]))
-    return None
-
-
 def _check_pair(image: Path, mask: Path, labels: LabelMap) -> Finding | None:
     try:
-        size = read_image(image).size
+        read_image(image)
     except (OSError, ValueError) as error:
-        return Finding("unreadable image", image, str(error))
+        return _unreadable("image", image, error)
+    return _check_mask(image, mask, labels)
+
+
+def _check_mask(image: Path, mask: Path, labels: LabelMap) -> Finding | None:
+    """What is wrong with a mask; of the image the header is read."""
+    try:
+        with Image.open(image) as opened:
+            size = opened.size
+    except DAMAGE as error:
+        return _unreadable("image", image, error)
     try:
         raw = read_index_mask(mask)
     except (OSError, ValueError) as error:
-        return Finding("unreadable mask", mask, str(error))
+        return _unreadable("mask", mask, error)
     problem = mask_problem(raw, labels, size, image)
     return Finding(problem[0], mask, problem[1]) if problem else None
+
+
+def _unreadable(what: str, path: Path, error: BaseException) -> Finding:
+    # what reading says names the file, as a finding does itself
+    return Finding(f"unreadable {what}", path, f"cannot be read: {reason_of(error.__cause__ or error)}")

@@ -55,7 +55,6 @@ class Kernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
-        last_launched[0] = self
         device = args[0].device
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -63,14 +62,14 @@ class Kernel:
             return
         key = self._key(args, named)
         known = self._compiled.get(key)
+        if (met := _met.get()) is not None:
+            if known is None and (self, key) not in met:
+                met[self, key] = device, self.jit.warmup(*args, grid=grid, **named)
+            return
+        last_launched[0] = self
         if known is not None:
             compiled, constants = known
-            if _met.get() is None:
-                compiled[(*grid, 1, 1)[:3]](*args, *constants)
-            return
-        if (met := _met.get()) is not None:
-            if (self, key) not in met:
-                met[self, key] = device, self.jit.warmup(*args, grid=grid, **named)
+            compiled[(*grid, 1, 1)[:3]](*args, *constants)
             return
         compiled = self.jit[grid](*args, **named)
         if key is not None:
