@@ -40,6 +40,9 @@ def test_it_writes_three_pictures_an_image_and_names_them(files, capsys, tmp_pat
     for line in (*lines[1:4], *lines[5:]):
         assert (tmp_path / line.strip()).is_file()
     assert read_index_mask("segmented/0.mask.png").shape == (45, 70)
+    again = ["--checkpoint", "c.safetensors", "photos", "--short-side", "64"]
+    assert "segmented/0.mask.png exists already" in _fails(again, capsys)
+    main(["segment", *again, "--overwrite"])
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,18 @@ def test_what_does_not_fit_is_told_and_nothing_written(checkpoint, make_photos, 
     assert not out.exists()
 
 
+def test_pictures_that_are_there_are_kept_unless_told(checkpoint, make_photos, tmp_path) -> None:
+    photos, out = make_photos("photos", {"": 2}), tmp_path / "out"
+    (one,) = segment_files(checkpoint, [photos / "1.png"], out)
+    one.overlay.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"1\.mask\.png exists already: .*--overwrite"):
+        segment_files(checkpoint, [photos], out)
+    assert len(list(out.iterdir())) == 3
+    assert one.overlay.read_bytes() == b"mine"
+    assert len(segment_files(checkpoint, [photos], out, overwrite=True)) == 2
+    assert read_image(one.overlay).size == (40, 36)
+
+
 @pytest.fixture
 def data(tmp_path):
     """Two validation images with masks of three classes, of different sizes."""

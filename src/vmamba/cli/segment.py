@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="its backbone, when it is none of `vmamba models`")
     parser.add_argument("--classes", metavar="FILE", help="class names, one a line (default: the run's, or ADE20K's)")
     parser.add_argument("--out", default="segmented", metavar="DIR", help="where to write (default segmented/)")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there already")
     add_inference_arguments(parser)
     parser.add_argument("--opacity", type=float, default=0.55, help="of the colours in the overlay (default 0.55)")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
@@ -88,6 +89,7 @@ def run(options: argparse.Namespace) -> None:
         inference=inference_from(options, antialias=True),
         opacity=options.opacity,
         device=options.device,
+        overwrite=options.overwrite,
     )
     for result in results:
         shares = "  ".join(f"{name} {100 * share:.1f} %" for _, name, share in result.classes[:8])

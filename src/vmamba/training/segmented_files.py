@@ -62,6 +62,7 @@ def segment_files(
     inference: SegmentationInference | None = None,
     opacity: float = 0.55,
     device: str = "cpu",
+    overwrite: bool = False,
 ) -> list[Segmented]:
     """Segment image files, and the images directly in the folders, among ``images``.
 
@@ -73,8 +74,10 @@ def segment_files(
         classes: names; by default those a run was trained with, ADE20K's for 150 classes, otherwise numbers.
         inference: how photos are looked at; by default as a run was evaluated, otherwise whole and at their size.
         opacity: of the colours in the overlay, 0 to 1.
+        overwrite: replace pictures that are there already.
 
     Raises:
+        FileExistsError: a picture is there already.
         FileNotFoundError, ValueError: checkpoint, device, class names or an image are missing or do not fit; two images
             would write the same files. Nothing is written before all arguments are looked at.
     """
@@ -82,11 +85,16 @@ def segment_files(
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must lie between 0 and 1, not {opacity}")
     check_device(device)
+    out = Path(out)
+    targets = {file: _targets(file, out) for file in files}
+    if not overwrite:
+        for target in (path for paths in targets.values() for path in paths.values()):
+            if target.exists():
+                raise FileExistsError(f"{target} exists already: choose another folder with --out or add --overwrite")
     model, about = load_segmenter(checkpoint, backbone)
     model.to(device)
     names = _names(about.display_names if classes is None and about else classes, model.num_classes)
     inference = inference or _inference_of(about)
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     normalise = segmentation_evaluation_transform()
     results = []
@@ -95,7 +103,7 @@ def segment_files(
         pixels, _ = normalise(photo, np.zeros((photo.height, photo.width), dtype=np.uint8))
         with torch.inference_mode():
             mask = segment(model, pixels[None].to(device), inference)[0].cpu().numpy()
-        paths = {kind: out / f"{file.stem}.{kind}.png" for kind in ("mask", "overlay", "legend")}
+        paths = targets[file]
         save_index_mask(mask, len(names), paths["mask"])
         save_overlay(photo, mask, names, paths["overlay"], opacity)
         save_legend(mask, names, paths["legend"])
@@ -170,6 +178,10 @@ def load_segmenter(checkpoint: str | Path, backbone: str | None = None) -> tuple
 def _inference_of(about: About | None) -> SegmentationInference | None:
     """How a run's validation looked at images."""
     return None if about is None else from_dict(about.config).segmentation.inference
+
+
+def _targets(file: Path, out: Path) -> dict[str, Path]:
+    return {kind: out / f"{file.stem}.{kind}.png" for kind in ("mask", "overlay", "legend")}
 
 
 def _apart(files: Sequence[Path]) -> list[Path]:
