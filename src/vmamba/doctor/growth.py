@@ -109,8 +109,8 @@ def _single_input(batch: Any) -> Tensor | None:
 
 
 def _sizes(inputs: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """The first samples at a sixteenth of the length and upwards: images (B, C, H, W) resized on both sides;
-    sequences (B, L, ...) and, of tokens, (B, L) cut or repeated."""
+    """The first samples, at ever greater lengths: images (B, C, H, W) resized on both sides; sequences (B, L, ...) and,
+    of tokens, (B, L) cut or repeated."""
     inputs = inputs[:SAMPLES].detach()
     if inputs.ndim == 4 and inputs.is_floating_point():
         for scale in (0.25, 0.5, 1, 2):
@@ -119,7 +119,8 @@ def _sizes(inputs: Tensor) -> Iterator[tuple[Tensor, int]]:
                 yield (inputs if scale == 1 else F.interpolate(inputs, size=size, mode="nearest")), math.prod(size)
     elif inputs.ndim in (2, 3):
         length = inputs.shape[1]
-        for scale in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2):
+        # from far below, since a loop over a sixteenth of tens of thousands can take all the time there is
+        for scale in (1 / 256, 1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2):
             wanted = round(scale * length)
             if wanted >= SHORTEST:
                 yield torch.cat([inputs] * math.ceil(max(scale, 1)), dim=1)[:, :wanted], wanted
