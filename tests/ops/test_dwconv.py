@@ -1,12 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,24 +154,3 @@ def test_it_names_what_does_not_fit(position, value, exception, message):
 def test_unknown_backends_are_errors():
     with pytest.raises(ValueError, match="unknown backend 'cuda_core'.*portable"):
         depthwise_conv3x3(*arguments(), backend="cuda_core")
-
-
-def interpreter_unusable() -> str | None:
-    """Why Triton's interpreter cannot run the kernels here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-    if triton <= (3, 6) and numpy >= (2, 4):
-        return "the interpreter of Triton 3.6 fails on loops with numpy 2.4: it makes an int of an array of one number"
-    return None
-
-
-@pytest.mark.skipif(interpreter_unusable() is not None, reason=str(interpreter_unusable()))
-def test_the_kernels_through_tritons_interpreter():
-    """In a process of its own: Triton asks whether to interpret when it is imported."""
-    tests = Path(__file__).with_name("test_triton_dwconv.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-1000:]
-    assert "skipped" not in process.stdout

@@ -1,4 +1,4 @@
-"""The kernels of the depthwise convolution: on a GPU, or with TRITON_INTERPRET=1 (see test_dwconv.py) on the CPU."""
+"""The kernels of the depthwise convolution: on a GPU, or by Triton's interpreter (see test_triton_backend.py)."""
 
 from __future__ import annotations
 
