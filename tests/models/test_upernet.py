@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -180,6 +181,7 @@ def test_other_image_channels_and_position_embeddings_are_adapted(tmp_path) -> N
     assert two.backbone.model.pos_embed.shape[2:] == (16, 16)
 
 
+TIMM = tuple(int(part) for part in version("timm").split(".")[:3] if part.isdigit())
 BACKBONES = {
     "convnext_atto": {},
     "resnet18": {},
@@ -192,7 +194,8 @@ BACKBONES = {
 def test_any_timm_backbone_stands_in(name, tmp_path) -> None:
     model = create_upernet(name, 4, **SMALL, **BACKBONES[name])
     assert isinstance(model.backbone, TimmFeatures)
-    model.set_grad_checkpointing()
+    # timm up to 1.0.29 itself changes maps in place that a checkpointed ResNet still needs
+    model.set_grad_checkpointing(name != "resnet18" or TIMM > (1, 0, 29))
     scores, auxiliary = model.train()(torch.randn(2, 3, 64, 96))
     assert scores.shape == auxiliary.shape == (2, 4, 64, 96)
     (scores.sum() + auxiliary.sum()).backward()

@@ -82,5 +82,6 @@ def _open_split(reader: Any, where: str) -> HubImages:
     by_label = sorted((label, name) for name, label in reader.class_to_idx.items())
     if not by_label:
         raise ValueError("its column label is no class label with names")
-    labels = tuple(int(label) for label in reader.iter_targets())
+    # the column alone, which decodes no image; timm's readers have a method for it from 1.0.30 on
+    labels = tuple(int(label) for label in reader.dataset[reader.label_key])
     return HubImages(tuple(name for _, name in by_label), reader, np.arange(len(labels)), labels, where)
