@@ -82,6 +82,6 @@ def _open_split(reader: Any, where: str) -> HubImages:
     by_label = sorted((label, name) for name, label in reader.class_to_idx.items())
     if not by_label:
         raise ValueError("its column label is no class label with names")
-    # the column alone, which decodes no image; timm's readers have a method for it from 1.0.30 on
+    # the column alone, which decodes no image; the reader of timm 1.0.29 has no method for it
     labels = tuple(int(label) for label in reader.dataset[reader.label_key])
     return HubImages(tuple(name for _, name in by_label), reader, np.arange(len(labels)), labels, where)

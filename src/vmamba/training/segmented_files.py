@@ -98,12 +98,11 @@ def segment_files(
     out.mkdir(parents=True, exist_ok=True)
     normalise = segmentation_evaluation_transform()
     results = []
-    for file in files:
+    for file, paths in targets.items():
         photo = read_image(file)
         pixels, _ = normalise(photo, np.zeros((photo.height, photo.width), dtype=np.uint8))
         with torch.inference_mode():
             mask = segment(model, pixels[None].to(device), inference)[0].cpu().numpy()
-        paths = targets[file]
         save_index_mask(mask, len(names), paths["mask"])
         save_overlay(photo, mask, names, paths["overlay"], opacity)
         save_legend(mask, names, paths["legend"])
