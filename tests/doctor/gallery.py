@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing import reductions
 from torch.utils.data import DataLoader, Dataset
 
 import vmamba  # noqa: F401 registers the models
@@ -659,6 +660,21 @@ def worker_dies() -> Subject:
 
 def worker_is_killed() -> Subject:
     return loading(KilledRows(), workers=1)
+
+
+def worker_is_found_dead() -> Subject:
+    """What is left of a worker that died after it had announced a batch: no one answers at its socket."""
+
+    class Unanswered:
+        def detach(self):
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    class Loader:
+        def __iter__(self):
+            yield from DataLoader(Rows(), batch_size=16)
+            reductions.rebuild_storage_fd(torch.UntypedStorage, Unanswered(), 64)
+
+    return subject(loader=Loader())
 
 
 def broken_sample() -> Subject:

@@ -63,6 +63,7 @@ GALLERY = [
         "--shm-size",
     ),
     (gallery.worker_is_killed, "data loader worker died", "problem", "Python error of its own", "--shm-size"),
+    (gallery.worker_is_found_dead, "data loader worker died", "problem", "exited unexpectedly", "--shm-size"),
     (gallery.broken_sample, "data loader fails", "problem", "image 20 is truncated", "dataset[index]"),
     (gallery.slow_loader, "waiting for data", "warning", "waits for its data", "num_workers is 0"),
 ]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
+from multiprocessing import reduction, resource_sharer
+
+from torch.multiprocessing import reductions
 
 from .patient import Patient
 from .stacks import is_users
@@ -20,6 +24,9 @@ SLOW_START = 5.0
 DEAD_WORKER = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>exited unexpectedly|is killed by signal: [\w ]+)"
 )
+
+# where a batch's memory is asked for from the worker that holds it; found dead there, it may not be known to be so yet
+SHARING = (reductions.__file__, reduction.__file__, resource_sharer.__file__)
 
 
 def examine_loader(patient: Patient) -> list[Verdict]:
@@ -84,16 +91,10 @@ def _fails(error: Exception, given: int) -> Verdict:
     text = str(error).strip()
     dead = DEAD_WORKER.search(text)
     if dead is not None:
-        how = dead["how"].replace("is killed", "was killed")
-        return Verdict(
-            Level.PROBLEM,
-            "data loader worker died",
-            f"After {given} batches a worker process of the data loader (pid {dead['pids']}) {how}, "
-            "without a Python error of its own.",
-            "The system killed it, mostly for want of memory (dmesg says so) or of shared memory (docker: "
-            "--shm-size), or a library crashed in it: try num_workers=0, then fewer workers.",
-            {"batches": given},
-        )
+        return _died(f" (pid {dead['pids']}) {dead['how'].replace('is killed', 'was killed')}", given)
+    last = traceback.extract_tb(error.__traceback__)[-8:]
+    if isinstance(error, OSError | EOFError) and any(frame.filename in SHARING for frame in last):
+        return _died(" exited unexpectedly", given)
     lines = text.splitlines()
     places = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
     users = [place for place in places if is_users(place[0])]
@@ -104,4 +105,15 @@ def _fails(error: Exception, given: int) -> Verdict:
         f"After {given} batches the data loader raised {type(error).__name__}{where}: {lines[-1] if lines else ''}",
         "Call dataset[index] by itself for the sample named there; num_workers=0 gives the whole traceback.",
         {"batches": given, "error": type(error).__name__},
+    )
+
+
+def _died(how: str, given: int) -> Verdict:
+    return Verdict(
+        Level.PROBLEM,
+        "data loader worker died",
+        f"After {given} batches a worker process of the data loader{how}, without a Python error of its own.",
+        "The system killed it, mostly for want of memory (dmesg says so) or of shared memory (docker: "
+        "--shm-size), or a library crashed in it: try num_workers=0, then fewer workers.",
+        {"batches": given},
     )
