@@ -34,6 +34,44 @@ def test_other_optimizers_and_betas():
     assert make_optimizer(model, lr=0.1, weight_decay=0.0, betas=(0.8, 0.9)).param_groups[0]["betas"] == (0.8, 0.9)
 
 
+@pytest.mark.parametrize(
+    ("name", "not_matrices"),
+    [
+        ("vmamba_nano", {"x_proj_weight", "dt_weight", "dt_bias", "A_log"}),
+        ("vanilla_vmamba_tiny", {"x_proj_weight", "dt_weight", "dt_bias", "A_log"}),
+        ("swin_tiny_patch4_window7_224", {"relative_position_bias_table"}),
+        ("convnext_tiny", {"conv_dw.weight"}),
+    ],
+)
+def test_muon_orthogonalises_the_matrices_of_layers_alone(name, not_matrices):
+    model = timm.create_model(name, device="meta")
+    groups = make_optimizer(model, "nmuon", lr=1e-3, weight_decay=0.05).param_groups
+    plain = make_optimizer(model, lr=1e-3, weight_decay=0.05).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def those(groups, **conditions):
+        chosen = [g for g in groups if all(g[key] == value for key, value in conditions.items())]
+        return {names[id(p)] for g in chosen for p in g["params"]}
+
+    assert those(groups) == set(names.values())
+    for weight_decay in (0.0, 0.05):
+        assert those(groups, weight_decay=weight_decay) == those(plain, weight_decay=weight_decay)
+    orthogonal = those(groups, use_fallback=False)
+    assert any(name.endswith(("fc1.weight", "out_proj.weight")) for name in orthogonal)
+    assert "head.fc.weight" not in orthogonal
+    assert not any(name.endswith(tuple(not_matrices)) for name in orthogonal)
+    assert those(groups, use_fallback=True) > {n for n in names.values() if n.endswith(tuple(not_matrices))}
+
+
+def test_a_step_of_muon_changes_everything():
+    model = timm.create_model("vmamba_nano", num_classes=3)
+    optimizer = make_optimizer(model, "nmuon", lr=1e-2, weight_decay=0.05)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    optimizer.step()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+
+
 def test_schedule_warms_up_and_falls():
     settings = {"steps": 100, "warmup": 10, "start": 0.01, "end": 0.1}
     factors = [warmup_cosine(step, **settings) for step in range(101)]

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_class,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
+from timm.optim.muon import Muon
 from torch import nn
 
 # what a model marks as undecayed and the official VMamba code decays all the same (D is 1-D and undecayed there, too)
@@ -26,6 +34,9 @@ def make_optimizer(
     decay_vectors: bool = False,
 ) -> torch.optim.Optimizer:
     """A timm optimiser over ``model``; 1-D parameters, biases and ``model.no_weight_decay()`` are not decayed.
+
+    The Muon family (Jordan et al., 2024) orthogonalises the weights of linear layers and convolutions, but for the
+    classifier's and depthwise ones; everything else, the scan's own parameters among it, takes steps of AdamW.
 
     Args:
         betas, eps: None for the optimiser's own; what an optimiser has no use for is left out, as timm does.
@@ -56,8 +67,33 @@ def make_optimizer(
         # timm leaves this to its own schedulers; ours multiplies the group's learning rate
         for group in groups:
             group["lr"] = lr * group["lr_scale"]
+    if get_optimizer_class(name, bind_defaults=False) is Muon:
+        groups = _split_for_muon(model, groups)
     extra = {name: value for name, value in (("betas", betas), ("eps", eps)) if value is not None}
     return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **extra)
+
+
+def _split_for_muon(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``groups`` with what Muon must not orthogonalise in groups of its own.
+
+    By shape alone, as timm decides, Muon would take the scan's weights of all routes, dt_bias (K, D) and Swin's tables
+    of position biases for matrices of layers.
+    """
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    kept_out = set(classifier.modules()) if isinstance(classifier, nn.Module) else set()
+    matrices = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.shape[1] > 1 and module not in kept_out
+    }
+    split = []
+    for group in groups:
+        rest = {key: value for key, value in group.items() if key != "params"}
+        for orthogonal in (True, False):
+            params = [p for p in group["params"] if (p in matrices) == orthogonal]
+            if params:
+                split.append({**rest, "params": params, "use_fallback": not orthogonal})
+    return split
 
 
 def _norm_parameters(model: nn.Module) -> set[str]:
