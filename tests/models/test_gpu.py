@@ -70,12 +70,18 @@ def test_compiled_as_it_is_eager(mode):
             assert relative(gradient, wanted[name.removeprefix("_orig_mod.")]) < 5e-2, name
 
 
-def compiled_kernels() -> int:
+def compiled_kernels() -> set[str]:
+    """All that is compiled, by name and what it is specialised on."""
     from vmamba.ops.triton_backend.launch import Kernel
 
     modules = [module for name, module in sys.modules.items() if name.startswith("vmamba.ops.triton_backend.")]
     kernels = {id(k): k for module in modules for k in vars(module).values() if isinstance(k, Kernel)}
-    return sum(len(caches[0]) for k in kernels.values() for caches in k.jit.device_caches.values())
+    return {
+        f"{k.jit.__name__} {key}"
+        for k in kernels.values()
+        for caches in k.jit.device_caches.values()
+        for key in caches[0]
+    }
 
 
 def test_other_sizes_and_batches_compile_next_to_nothing():
@@ -91,9 +97,9 @@ def test_other_sizes_and_batches_compile_next_to_nothing():
 
     for first in ((64, 224, 224), (64, 200, 232), (1, 224, 224), (1, 200, 232)):
         before = run(*first)
-    assert before > 0
+    assert before
     for size in ((63, 224, 224), (96, 256, 256), (48, 232, 200), (2, 320, 224), (1, 192, 448), (3, 200, 200)):
-        assert run(*size) == before, size
+        assert run(*size) - before == set(), size
 
 
 @pytest.mark.parametrize("training", [False, True])
