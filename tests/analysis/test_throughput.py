@@ -77,7 +77,7 @@ def test_modules_and_global_state_are_left_as_they_were(networks):
     cudnn = torch.backends.cudnn
     flags = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark, torch.is_grad_enabled()
     measure_models(
-        networks, ModelSettings(**QUICK, tf32=True, optimizer=True, tasks=("training",), dtype="bf16-weights")
+        networks, ModelSettings(**QUICK, tf32=True, optimizer="adamw", tasks=("training",), dtype="bf16-weights")
     )
     assert not tiny.training
     assert all(p.grad is None for p in tiny.parameters())

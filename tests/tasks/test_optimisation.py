@@ -1,12 +1,16 @@
 """Optimiser groups and the learning-rate schedule."""
 
+import copy
+
 import pytest
 import timm
 import torch
+from timm.optim import Muon
 from torch import nn
 
 from vmamba import list_models
 from vmamba.tasks import make_optimizer, warmup_cosine, warmup_polynomial, warmup_steps
+from vmamba.tasks.muon import BatchedMuon
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -70,6 +74,50 @@ def test_a_step_of_muon_changes_everything():
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     optimizer.step()
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+
+
+@pytest.mark.parametrize("network", ["vmamba_nano", "convnext_atto", "test_resnet"])
+@pytest.mark.parametrize("name", ["muon", "nmuon"])
+def test_batched_muon_is_timms_in_fewer_launches(network, name):
+    model = timm.create_model(network, num_classes=3)
+    theirs = copy.deepcopy(model)
+    optimizer = make_optimizer(model, name, lr=1e-2, weight_decay=0.05)
+    assert type(optimizer) is BatchedMuon
+    twin = dict(zip(model.parameters(), theirs.parameters(), strict=True))
+    reference = Muon([{**g, "params": [twin[p] for p in g["params"]]} for g in optimizer.param_groups], lr=1e-2)
+    before = copy.deepcopy(model)
+    hooked = []
+    optimizer.register_step_post_hook(lambda *_: hooked.append(True))
+    for _ in range(3):
+        # of full rank: what rounding leaves of a missing direction would be blown up to a step
+        for p, q in twin.items():
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        calls = optimizer.step(), reference.step()
+    assert calls == (None, None)
+    assert len(hooked) == 3
+    for (name, p), q, start in zip(model.named_parameters(), theirs.parameters(), before.parameters(), strict=True):
+        assert (p - q).norm() <= 2e-6 * (p - start).norm(), name
+    # one goes on where the other stopped
+    reference.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(reference.state_dict())
+
+
+def test_batched_muon_takes_a_closure_and_leaves_out_what_has_no_gradient():
+    model = timm.create_model("test_resnet", num_classes=3)
+    optimizer = make_optimizer(model, "nmuon", lr=1e-2, weight_decay=0.05)
+    weight = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).weight
+    weight.requires_grad_(False)
+    before, head = weight.clone(), model.fc.weight.detach().clone()
+
+    def closure():
+        loss = model(torch.randn(2, 3, 64, 64)).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    assert torch.equal(weight, before)
+    assert not torch.equal(model.fc.weight, head)
 
 
 def test_schedule_warms_up_and_falls():

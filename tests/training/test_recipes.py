@@ -178,7 +178,9 @@ def test_schedule_equals_timms():
 
 def test_finetune_and_small_differ_from_imagenet_where_they_say():
     imagenet, small, finetune = (resolve(recipe=name) for name in ("imagenet", "small", "finetune"))
-    assert small.loss == imagenet.loss
+    assert (small.loss.mixup, small.loss.cutmix) == (imagenet.loss.mixup, imagenet.loss.cutmix)
+    assert (small.loss.mix_prob, small.optim.name) == (0.5, "nmuon")
+    assert small.learning_rate == pytest.approx(3e-3)
     assert (small.run.ema_decay, small.schedule.epochs, small.data.batch_size) == (0.999, 100, 128)
     assert finetune.optim.layer_decay == 0.8
     assert finetune.model.weights == "pretrained"

@@ -18,6 +18,7 @@ from .. import models as _registers_our_names  # noqa: F401
 from ..models import VMamba
 from ..models.variants import check_name
 from ..ops.judge import Verdict, judge
+from ..tasks.optimisation import check_optimizer, fuse, make_optimizer
 from .measuring import (
     Measurement,
     Round,
@@ -58,14 +59,14 @@ class ModelSettings:
     device: "auto" (CUDA where there is one), "cpu" or "cuda".
     tasks: some of `TASKS`.
         inference: forward of a batch. latency: forward of one image, from the call to the finished result.
-        training: forward, cross-entropy and backward of a batch; with `optimizer` also a step of AdamW.
+        training: forward, cross-entropy and backward of a batch; with `optimizer` also its step.
     modes: some of `MODES`, for every task; None: eager on the CPU, eager and compiled on CUDA, for latency graphs too.
         graphs is torch.compile(mode="reduce-overhead").
     batch: images in a batch; None: 128 on CUDA, 8 on the CPU. size: height and width in pixels.
     dtype: one of `DTYPES`: fp32; bf16 or fp16, autocast over fp32 weights; bf16-weights. None: bf16 on CUDA, fp32 else.
     tf32: whether matrix products and convolutions in fp32 may use TF32.
     channels_last: one of `CHANNELS_LAST`; "auto": for convolutional networks (ours lays its tensors out itself).
-    optimizer: whether a training step includes AdamW's (fused on CUDA).
+    optimizer: the one whose step a training step includes, by timm's name (AdamW is fused on CUDA); None: none is.
     repeats: rounds, each measuring every model once; the figures are medians over them.
     round_seconds: about how long one model is measured in one round.
 
@@ -81,7 +82,7 @@ class ModelSettings:
     dtype: str | None = None
     tf32: bool = False
     channels_last: str = "auto"
-    optimizer: bool = False
+    optimizer: str | None = None
     repeats: int = 7
     round_seconds: float = 0.3
 
@@ -93,6 +94,8 @@ class ModelSettings:
             raise ValueError(f"tasks must name at least one of {', '.join(TASKS)}")
         _choice("dtype", self.dtype, (None, *DTYPES))
         _choice("channels_last", self.channels_last, CHANNELS_LAST)
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer)
         for name in ("batch", "size", "repeats"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -333,7 +336,8 @@ class _Case:
         optimizer = None
         if self.settings.optimizer:
             # so small a rate that the weights stay what they are: the labels mean nothing
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-8, fused=self.device.type == "cuda")
+            optimizer = make_optimizer(model, self.settings.optimizer, lr=1e-8, weight_decay=0.05)
+            fuse(optimizer)
 
         @torch.enable_grad()
         def step() -> None:

@@ -26,7 +26,7 @@ EXAMPLES = """examples:
   vmamba bench --op --d-state 16 --batch 32 --dtype fp32
 
 Tasks: inference is the forward of a batch; latency the forward of one image, from the call to the finished result;
-training the forward, cross-entropy and backward of a batch, and with --optimizer AdamW's step too.
+training the forward, cross-entropy and backward of a batch, and with --optimizer NAME that one's step too.
 Modes: eager; compile, torch.compile; graphs, torch.compile(mode="reduce-overhead"), CUDA only.
 Figures are medians over rounds in which all models are measured in turn, with the least and the most;
 docs/performance.md tells how they are made."""
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--channels-last", choices=("auto", "on", "off"), help="image layout (default auto: for convolutional networks)"
     )
     models.add_argument(
-        "--optimizer", action="store_true", default=None, help="a training step includes AdamW's (fused on CUDA)"
+        "--optimizer", metavar="NAME", help="a training step includes this one's: adamw (fused on CUDA), nmuon, ..."
     )
     operator = parser.add_argument_group("of the scan alone (--op)")
     operator.add_argument(
@@ -209,7 +209,7 @@ def _task_title(report: ModelReport, task: str) -> str:
     what = {
         "inference": "inference: forward",
         "latency": "latency: forward, from the call to the finished result",
-        "training": "training step: forward, loss, backward" + (", AdamW" if settings.optimizer else ""),
+        "training": ", ".join(filter(None, ("training step: forward, loss, backward", settings.optimizer))),
     }[task]
     return f"{what}; batch {batch}, {settings.size} px, {settings.dtype}"
 

@@ -16,9 +16,20 @@ from timm.optim import (
 )
 from timm.optim.muon import Muon
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .muon import BatchedMuon
 
 # what a model marks as undecayed and the official VMamba code decays all the same (D is 1-D and undecayed there, too)
 _OFFICIALLY_DECAYED = ("A_log", "dt_bias")
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse what is no name of an optimiser of timm's. ValueError."""
+    if name not in list_optimizers():
+        raise ValueError(
+            f"timm has no optimiser {name!r}; see timm.optim.list_optimizers(), for example adamw, nmuon, lamb, sgd"
+        )
 
 
 def make_optimizer(
@@ -48,10 +59,7 @@ def make_optimizer(
     Raises:
         ValueError: timm has no optimiser of that name, or ``layer_decay`` and ``decay_vectors`` come together.
     """
-    if name not in list_optimizers():
-        raise ValueError(
-            f"timm has no optimiser {name!r}; see timm.optim.list_optimizers(), for example adamw, lamb, sgd"
-        )
+    check_optimizer(name)
     undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     if decay_ssm:
         undecayed = {name for name in undecayed if name.rpartition(".")[2] not in _OFFICIALLY_DECAYED}
@@ -67,10 +75,23 @@ def make_optimizer(
         # timm leaves this to its own schedulers; ours multiplies the group's learning rate
         for group in groups:
             group["lr"] = lr * group["lr_scale"]
+    extra = {name: value for name, value in (("betas", betas), ("eps", eps)) if value is not None}
     if get_optimizer_class(name, bind_defaults=False) is Muon:
         groups = _split_for_muon(model, groups)
-    extra = {name: value for name, value in (("betas", betas), ("eps", eps)) if value is not None}
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        if name in ("muon", "nmuon") and not sharded:
+            return BatchedMuon(groups, lr=lr, weight_decay=weight_decay, nesterov=name == "nmuon", **extra)
     return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **extra)
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Let a step of Adam or AdamW on a GPU be one kernel instead of some sixty, where parameters are whole there."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
+        parameter.is_cuda and not isinstance(parameter, DTensor) for parameter in parameters
+    ):
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
 
 
 def _split_for_muon(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

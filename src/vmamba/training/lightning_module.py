@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from ..data.loading import STEP_STREAM, derive_seed, seed_generators
 from ..models import VMamba
 from ..tasks import Scores, Task, make_optimizer
+from ..tasks.optimisation import fuse
 from .averaging import MovingAverage
 from .config import Config
 from .distributed import World
@@ -138,16 +139,6 @@ def compiled(model: nn.Module, mode: str) -> nn.Module:
     if mode == "eager":
         return model
     return torch.compile(model, dynamic=False, mode="reduce-overhead" if mode == "graphs" else None)
-
-
-def fuse(optimizer: torch.optim.Optimizer) -> None:
-    """Let a step of Adam or AdamW on a GPU be one kernel instead of some sixty, where parameters are whole there."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
-        parameter.is_cuda and not isinstance(parameter, DTensor) for parameter in parameters
-    ):
-        for group in optimizer.param_groups:
-            group["fused"], group["foreach"] = True, False
 
 
 def optimizer_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -36,7 +36,7 @@ PUBLISHED_SIZE = 224
 # the same figure of VMamba-T[s1l8] in operations: 571 images/s, 9.7e9 a forward pass, a step being three of them
 PUBLISHED_OPERATIONS = 3 * 9.69e9 * PUBLISHED_SPEED["vmamba_tiny_s1l8"]
 
-# fp32: the weight, its gradient, two moments of Adam
+# fp32: the weight, its gradient, two moments of Adam (Muon has one, and needs as much for the step itself)
 BYTES_PER_PARAMETER, EMA_BYTES_PER_PARAMETER = 16, 4
 
 
@@ -263,7 +263,7 @@ def describe(planned: Plan) -> str:
         f"training images/s a process ({planned.rate_from}), validation at three times that; loading is assumed to "
         f"keep up{'' if planned.whole else ', and the heads come on top'}",
         f"memory     about {(planned.state_bytes + planned.activation_bytes) / 2**30:.1f} GiB a process: "
-        f"{planned.state_bytes / 2**30:.2f} for weights, gradients, Adam's moments and the average, "
+        f"{planned.state_bytes / 2**30:.2f} for weights, gradients, the optimiser's moments and the average, "
         f"{planned.activation_bytes / 2**30:.2f} for the backward pass ({kept}{heads}, counted in a pass without "
         f"numbers); {'working memory comes' if planned.whole else 'heads and working memory come'} on top",
     ]

@@ -78,14 +78,17 @@ def imagenet() -> Config:
 
 
 def small() -> Config:
-    """From scratch on a small set of photos (thousands, not a million): the augmentation of ImageNet, wider crops.
+    """From scratch on a small set of photos (thousands, not a million): Muon, wider crops, half of the batches mixed.
 
-    The moving average is ten times shorter: with 10,000 images and 128 a step, 1,000 steps are 13 epochs.
+    With ten thousand images there are few steps, and Muon makes more of each: on Imagenette VMamba-T is at 92 % after
+    72 of 120 epochs, where with AdamW 150 end at 89 % (docs/results/imagenette.md). The moving average is ten times
+    shorter than ImageNet's: 1,000 steps of 128 images are 13 epochs.
     """
     values = {
         "data": {"source": "photos", "image_size": 160, "batch_size": 128},
-        "augment": {"scale": [0.25, 1.0]},
-        "optim": {"lr_base": 2e-3},
+        "augment": {"scale": [0.35, 1.0], "random_erase": 0.0},
+        "loss": {"mix_prob": 0.5},
+        "optim": {"name": "nmuon", "lr_base": 1.2e-2},
         "schedule": {"epochs": 100, "warmup_epochs": 5},
         "run": {"ema_decay": 0.999, "checkpoint_every": 0},
     }
