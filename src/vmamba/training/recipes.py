@@ -139,7 +139,8 @@ def ade20k() -> Config:
 def small_segmentation() -> Config:
     """A UPerNet from scratch on a small set (hundreds of images): narrower heads, larger steps, images at their size.
 
-    At 512 channels the heads cost nine times what the backbone does; at 256 three times.
+    At 512 channels the heads cost nine times what the backbone does; at 256 three times. Muon as in :func:`small`: a
+    network of 1.5 million parameters has 35 % mIoU on CamVid after 400 steps of 8 images, with AdamW 20 %.
     """
     values = {
         "model": {"weights": None},
@@ -150,7 +151,7 @@ def small_segmentation() -> Config:
             "augment": {"crop": [384, 384], "base_size": None, "antialias": True},
             "inference": {"size": None, "antialias": True},
         },
-        "optim": {"lr": 5e-4, "weight_decay": 0.05, "clip_norm": 5.0, "decay_vectors": False},
+        "optim": {"name": "nmuon", "lr": 2e-3, "weight_decay": 0.05, "clip_norm": 5.0, "decay_vectors": False},
         "schedule": {"iterations": 4_000, "validate_every": 400, "warmup_iterations": 400, "warmup_from": 1e-3},
         "run": {"ema_decay": 0.998, "checkpoint_every": 0},
     }
@@ -195,13 +196,14 @@ def coco_3x() -> Config:
 def small_detection() -> Config:
     """A detector from scratch on a small set (hundreds of images): larger steps, clipping, averaged weights.
 
-    The sides of 512 pixels and the small anchors are for objects of tens of pixels, such as cells.
+    The sides of 512 pixels and the small anchors are for objects of tens of pixels, such as cells. Muon as in
+    :func:`small`: a network on vmamba_nano finds nuclei with 34 % mask AP after 300 steps of 2 images, with AdamW 21 %.
     """
     values = {
         "model": {"weights": None},
         "data": {"source": "cells", "in_memory": True, "on_unreadable": "error"},
         "detection": {"min_size": [416, 480, 544, 608, 512], "anchor_scale": 4.0},
-        "optim": {"lr": 2e-4, "clip_norm": 5.0, "decay_vectors": False},
+        "optim": {"name": "nmuon", "lr": 1e-3, "clip_norm": 5.0, "decay_vectors": False},
         "schedule": {
             "epochs": None,
             "iterations": 2_000,
