@@ -184,6 +184,15 @@ def test_labels_of_segmentation_are_looked_at() -> None:
     assert "255" in found[0].remedy
 
 
+def test_why_growth_is_not_measured_is_said() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 16 * 16, 5))
+    batch = torch.randn(4, 3, 16, 16), torch.randint(5, (4,))
+    verdicts = examine(Subject(model, loss=nn.CrossEntropyLoss(), batch=batch, optimizer=adamw(model)))
+    (growth,) = (verdict for verdict in verdicts if verdict.name == "growth with L")
+    assert growth.level is Level.OK
+    assert "Not measured: at length 1024 it raises RuntimeError: mat1 and mat2 shapes" in growth.message
+
+
 @pytest.mark.slow
 def test_sound_detection(make_coco) -> None:
     from vmamba.models.detection import mask_rcnn

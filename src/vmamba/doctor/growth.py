@@ -84,6 +84,7 @@ def examine_growth(patient: Patient) -> list[Verdict]:
     if inputs.ndim == 2 and inputs.is_floating_point():
         return _not_measured("vectors have no length")
     works: list[_Work] = []
+    refused = "there was no time for a second length"
     for resized, length in _sizes(inputs):
         # quadratic: twice the length costs four times as much
         if works and not patient.has_time(sum(works[-1].seconds.values()) * (length / works[-1].length) ** 2 * 3):
@@ -91,11 +92,12 @@ def examine_growth(patient: Patient) -> list[Verdict]:
         patient.restore()
         try:
             works.append(_measure(patient, resized, length))
-        except Exception:  # a model that takes one size only says so in its own way
+        except Exception as error:  # a model that takes one size only says so in its own way
+            refused = f"at length {length} it raises {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             if works:
                 break
     if len(works) < 2:
-        return _not_measured("the model takes inputs of one size only")
+        return _not_measured(refused)
     return _judge(patient.subject.model, works)
 
 
@@ -129,7 +131,11 @@ def _sizes(inputs: Tensor) -> Iterator[tuple[Tensor, int]]:
 def _measure(patient: Patient, inputs: Tensor, length: int) -> _Work:
     work, subject = _Work(length), patient.subject
     patient.position.note("forward", f"|an input of length {length}")
+    if subject.device.type == "cuda":  # kernels are compiled and algorithms chosen at a size that is met first
+        _total(subject, inputs).backward()
+        patient.restore()
     # once to time it, once to count
+    _wait(subject.device)
     began = time.perf_counter()
     total = _total(subject, inputs)
     _wait(subject.device)
