@@ -18,7 +18,7 @@ class BatchedMuon(Muon):
     """timm's Muon (Jordan et al., 2024), the same but for rounding, in a quarter of the launches.
 
     timm orthogonalises one matrix after another in 25 launches each, 1,500 a step for the 61 matrices of VMamba-T,
-    which have 16 shapes: more than all the rest of a step that is a CUDA graph. Here every shape takes those 25 once.
+    which have 17 shapes: more than all the rest of a step that is a CUDA graph. Here every shape takes those 25 once.
     A step needs the memory of all matrices once more, and that of the largest shape's a few times in bf16.
 
     Every group says with ``use_fallback`` whether its parameters are matrices (2-D, or weights of convolutions, which
