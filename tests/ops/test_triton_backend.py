@@ -57,7 +57,7 @@ def interpreter_unusable() -> str | None:
 
 
 # the longest first
-KERNELS = ["ss2d", "ss2d_states", "dwconv", "scan1d", "ss2d_few", "dense", "stem"]
+KERNELS = ["ss2d", "ss2d_states", "dwconv", "scan1d", "ss2d_few", "dense", "stem", "bounds"]
 # these have tests that only a GPU can run
 SOME_SKIPPED = {"ss2d", "ss2d_states", "scan1d", "stem"}
 
