@@ -85,7 +85,7 @@ def _store_act(
     tl.store(y + o_y + o_c[None, :], b.to(y.dtype.element_ty), mask=m_y)
 
 
-@kernel(do_not_specialize=["n_pixels", "n_tiles", "H", "W", "HO", "WO"])
+@kernel(do_not_specialize=["n_pixels", "n_tiles", "H", "W", "HO", "WO", "s_b", "s_c", "s_h"])
 def conv_norm_gelu_kernel(
     image, weight, bias, norm_weight, norm_bias, y, normed, rstd, n_pixels, n_tiles, H, W, HO, WO,
     s_b, s_c, s_h, s_w, eps,
