@@ -10,7 +10,7 @@ from torch import nn
 
 from vmamba import list_models
 from vmamba.tasks import make_optimizer, warmup_cosine, warmup_polynomial, warmup_steps
-from vmamba.tasks.muon import BatchedMuon
+from vmamba.tasks.muon import BatchedMuon, _orthogonal
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -101,6 +101,40 @@ def test_batched_muon_is_timms_in_fewer_launches(network, name):
     # one goes on where the other stopped
     reference.load_state_dict(optimizer.state_dict())
     optimizer.load_state_dict(reference.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_muon_as_a_graph_is_muon(monkeypatch):
+    """The graph is recorded in the second step, and serves again when gradients lie elsewhere or the rate changes."""
+    model = timm.create_model("vmamba_nano", num_classes=3).cuda()
+    plain = copy.deepcopy(model)
+    optimizer = make_optimizer(model, "nmuon", lr=1e-2, weight_decay=0.05)
+    reference = make_optimizer(plain, "nmuon", lr=1e-2, weight_decay=0.05)
+    monkeypatch.setattr(reference, "_steps", _orthogonal)
+    for step in range(5):
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for each in (optimizer, reference):
+            for group in each.param_groups:
+                group["lr"] = 1e-2 / (step + 1)
+            each.step()
+        for (name, p), q in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+            torch.testing.assert_close(p, q[1], rtol=1e-5, atol=1e-7, msg=f"{name} after step {step}")
+    assert [type(graph).__name__ for graph in optimizer._graphs.values()] == ["_Graph"]
+
+
+def test_a_copy_of_muon_goes_on_as_the_original():
+    model = timm.create_model("test_resnet", num_classes=3)
+    optimizer = make_optimizer(model, "nmuon", lr=1e-2, weight_decay=0.05)
+    twin, other = copy.deepcopy((model, optimizer))
+    for network, each in ((model, optimizer), (twin, other)):
+        for p in network.parameters():
+            p.grad = torch.ones_like(p)
+        each.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_batched_muon_takes_a_closure_and_leaves_out_what_has_no_gradient():
