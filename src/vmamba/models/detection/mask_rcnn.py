@@ -15,7 +15,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ..features import create_features
+from ..features import ImageSides, create_features
 from .parts import (
     DetectionTransform,
     PyramidAnchors,
@@ -29,6 +29,7 @@ from .parts import (
 __all__ = ["MaskRCNN", "PyramidBackbone", "mask_rcnn"]
 
 _BOX_BINS, _MASK_BINS = 7, 14  # cells of a region, each way, that the box head and the mask head see
+_DIVISIBLE = 32  # height and width of a batch are padded to multiples of this, as published
 _FINEST_STRIDE = 4  # features finer than this are left out: the published detectors start here
 
 
@@ -153,7 +154,8 @@ def mask_rcnn(
         backbone_kwargs: for `timm.create_model`, such as `{"pretrained": True}` or `{"drop_path_rate": 0.2}`.
 
     Raises:
-        ValueError: for an unknown backbone, one without a pyramid of features, or a value that cannot be.
+        ValueError: for an unknown backbone, one without a pyramid of features, one of smaller images than
+            `max_size`, or a value that cannot be.
     """
     sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size)
     _check(isinstance(classes, int) and classes >= 1, "classes", classes, "a positive number of object classes")
@@ -169,6 +171,7 @@ def mask_rcnn(
         body = create_features(
             backbone, **({"out_norm": out_norm, "least_stride": _FINEST_STRIDE} | dict(backbone_kwargs or {}))
         )
+        _check_sizes(backbone, body, max_size)
     pyramid = PyramidBackbone(body, channels)
     strides = pyramid.strides
 
@@ -194,10 +197,26 @@ def mask_rcnn(
             score_threshold=score_threshold,
             max_detections=max_detections,
         ),
-        DetectionTransform(sizes, max_size, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD), size_divisible=32),
+        DetectionTransform(
+            sizes, max_size, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD), size_divisible=_DIVISIBLE
+        ),
     )
     detector.classes = classes
     return detector
+
+
+def _check_sizes(name: str, body: nn.Module, max_size: int) -> None:
+    """Refuse a backbone whose positions end before the images that the detector works at."""
+    largest = getattr(body, "sides", ImageSides()).largest  # ours have none and no limit
+    if largest is None:
+        return
+    limit = min(largest) // _DIVISIBLE * _DIVISIBLE
+    if max_size > limit:
+        raise ValueError(
+            f"{name} takes images of at most {largest[0]} x {largest[1]} pixels, but the detector works at up to "
+            f"{max_size}: give min_size and max_size of at most {limit}, make it for larger images where it takes "
+            "backbone_kwargs={'img_size': ...}, or take a backbone for any size, such as Swin or ConvNeXt"
+        )
 
 
 def _check(fits: bool, name: str, value: object, expected: str) -> None:
