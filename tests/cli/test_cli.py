@@ -67,7 +67,7 @@ def test_a_second_run_gets_its_own_directory(trained, capsys, tmp_path):
 def test_eval_prints_a_table(trained, capsys):
     main(["eval", "runs/my photos-vmamba_nano"])
     title, names, values = capsys.readouterr().out.splitlines()
-    assert title.endswith("best.ckpt on my photos (validation images), fp32")
+    assert title.endswith("best.ckpt on my photos (validation images), fp32 on cpu")
     assert names.split() == ["model", "images", "top-1", "%", "top-5", "%", "loss"]
     assert values.split()[:2] == ["vmamba_nano", "2"]
     accuracy = re.search(r"validation accuracy (\S+)", trained)[1]

@@ -108,7 +108,7 @@ def labelled(files, tmp_path):
 def test_eval_prints_a_table_by_class_and_the_means(labelled, capsys) -> None:
     main(["eval", "c.safetensors", "--task", "segmentation", "--data", "street", "--short-side", "64", "--flip"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "c.safetensors on street (2 validation images)"
+    assert lines[0] == "c.safetensors on street (2 validation images), fp32 on cpu"
     assert lines[2].split() == ["class", "IoU", "%", "acc.", "%", "pixels"]
     assert [line.split()[0] for line in lines[3:6]] == ["sky", "road", "car"]
     assert lines[4].split()[3] == "3,840"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
+from .._devices import choose_device
 from ..ops import backends
 
 Key = tuple[str, ...]
@@ -167,7 +168,7 @@ def checked_device(name: str) -> torch.device:
         ValueError: it is neither CPU nor CUDA, or there is no CUDA here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = choose_device(name, among=("cuda", "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError:

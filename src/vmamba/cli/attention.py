@@ -43,13 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from .._devices import check_device
+    from .._devices import choose_device
     from ..analysis import ss2d_layers
     from ..analysis.attention import ss2d_layer
     from ..analysis.explanation_files import layer_attention, save_attention
     from ..data import evaluation_transform, list_images, read_image
 
-    check_device(options.device)
+    device = choose_device(options.device)
     check_drawing(options.out)
     files = list_images(options.images)
     if twice := {file.stem for file in files if [f.stem for f in files].count(file.stem) > 1}:
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--short-side must be at least 32 px, not {short_side}")
     names = ss2d_layers(network.model)
     layers = [ss2d_layer(network.model, layer) for layer in options.layer or _last_of_every_stage(names)]
-    model = network.model.to(options.device)
+    model = network.model.to(device)
     pictures = [read_image(file) for file in files]
     pixels = [options.pixel or (picture.width // 2, picture.height // 2) for picture in pictures]
     for file, picture, (x, y) in zip(files, pictures, pixels, strict=True):

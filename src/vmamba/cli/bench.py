@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .devices import add_device_argument
 from .tables import check_figure, check_writable, name_files, print_table
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"on the CPU {' '.join(ON_CPU)})",
     )
     parser.add_argument("--op", action="store_true", help="measure the scan alone, at the stages of VMamba-T")
-    parser.add_argument("--device", help="auto (the default: CUDA where there is one), cpu, cuda")
+    add_device_argument(parser, mps=False)
     parser.add_argument(
         "--batch", type=int, metavar="N", help="images (default on CUDA 128; on the CPU 8, with --op 1)"
     )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .devices import add_device_argument
+
 if TYPE_CHECKING:
     from ..data import Category
 
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-detections", type=int, metavar="N", help="an image (default: as the run was evaluated, or 100)"
     )
     add_size_arguments(parser)
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
+    add_device_argument(parser)
 
 
 def add_size_arguments(parser: argparse._ActionsContainer) -> None:
@@ -60,7 +62,7 @@ def sizes_from(options: argparse.Namespace) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> None:
-    from .._devices import check_device
+    from .._devices import choose_device
     from .._files import write_aside, write_text
     from ..data import list_images, read_image
     from ..pictures import draw_detections
@@ -69,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
 
     if not 0 <= options.threshold < 1:
         raise ValueError(f"--threshold must lie in [0, 1), not {options.threshold}")
-    check_device(options.device)
+    device = choose_device(options.device)
     files = list_images(options.images)
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.overwrite:
@@ -78,11 +80,12 @@ def run(options: argparse.Namespace) -> None:
     if options.max_detections is not None:
         changed["max_detections"] = options.max_detections
     detector, known, _ = load_trained_detector(options.checkpoint, options.model, **changed)
-    detector.to(options.device)
+    detector.to(device)
     categories = _categories(options.categories, known, detector.classes)
     names = [category.name for category in categories]
 
     out.mkdir(parents=True, exist_ok=True)
+    print(f"{options.checkpoint}, on {device}")
     images, found = [], []
     for file, picture_name in zip(files, _picture_names(files), strict=True):
         image = read_image(file)

@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-limit", type=float, default=TIME_LIMIT, metavar="S", help=f"of every probe (default {TIME_LIMIT:g} s)"
     )
-    parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto (the default: all that there are; of a model, where it is trained), cpu, cuda",
+    )
     parser.add_argument(
         "--json", nargs="?", const=PRINTED, metavar="FILE", help="the verdicts as JSON, printed or in a file"
     )

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     import torch
 
-    from .._devices import check_device
+    from .._devices import choose_device
     from ..analysis import effective_receptive_field
     from ..analysis.explanation_files import Field, save_receptive_fields
     from ..analysis.inspecting import feature_layer, find_layer
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.count < 1:
         raise ValueError(f"--count must be at least 1, not {options.count}")
-    check_device(options.device)
+    device = choose_device(options.device)
     check_drawing(options.out)
     files = list_images(options.images)
     # evenly spread, so that folders of one class each are all seen
@@ -85,13 +85,16 @@ def run(options: argparse.Namespace) -> None:
             for start in range(0, len(pictures), 8)
         )
         found = effective_receptive_field(
-            model.to(options.device), batches, layer, layout=options.layout, rectified=options.rectified
+            model.to(device), batches, layer, layout=options.layout, rectified=options.rectified
         )
         sides = "  ".join(f"{100 * a.share:.0f} %: {a.side:g} px ({100 * a.square:.3g} %)" for a in found.areas())
         print(f"{name}, {state}, {found.layer}: {sides}", flush=True)
         return Field(name, state, found)
 
-    print(f"side of the square that holds a share of the contribution (its share of the picture), {len(files)} images")
+    print(
+        f"side of the square that holds a share of the contribution (its share of the picture), {len(files)} images, "
+        f"on {device}"
+    )
     rows = [[field(n.name, n.state, n.model, n.preprocessing) for n in networks]]
     if options.before:
         before = [

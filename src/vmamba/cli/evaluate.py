@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .detect import add_size_arguments, sizes_from
+from .devices import add_device_argument
 from .segment import add_inference_arguments, inference_from
 from .tables import print_table
 
@@ -15,7 +16,7 @@ EXAMPLES = """examples:
   vmamba eval runs/flowers-vmamba_micro --data more_flowers/
   vmamba eval runs/flowers-vmamba_micro --image-size 128 --crop-pct 1.0
   vmamba eval vssm1_tiny_0230s_ckpt_epoch_264.pth --model vmamba_tiny_s1l8 --data imagenet/ --precision fp16
-  vmamba eval runs/street-vmamba_tiny_s1l8 --device cuda
+  vmamba eval runs/street-vmamba_tiny_s1l8 --window 512 --device cpu
   vmamba eval upernet.pth --task segmentation --data ADEChallengeData2016/
   vmamba eval upernet.pth --task segmentation --data ADEChallengeData2016/ \\
       --short-side 0 --scales 0.5,0.75,1,1.25,1.5,1.75 --flip
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="which model the file is of, when it does not say so itself")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loading processes")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
+    add_device_argument(parser)
     parser.add_argument(
         "--precision",
         choices=("fp32", "tf32", "bf16", "fp16"),
@@ -63,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from .._devices import choose_device
+
+    options.device = choose_device(options.device)
     TASKS[options.task or _task_of(options.checkpoint)](options)
 
 
@@ -93,7 +97,7 @@ def _classification(options: argparse.Namespace) -> None:
         # so that whoever has ImageNet sees at once whether the weights and the code are right
         *([("published", "50000", *_cells(result.published))] if result.published else []),
     ]
-    print(f"{result.checkpoint} on {result.data}, {options.precision}")
+    print(f"{result.checkpoint} on {result.data}, {options.precision} on {options.device}")
     print_table(names, rows, left=0)
 
 
@@ -114,7 +118,10 @@ def _segmentation(options: argparse.Namespace) -> None:
         device=options.device,
         precision=options.precision,
     )
-    print(f"{options.checkpoint} on {result.data} ({result.images} {result.part} images)\n")
+    print(
+        f"{options.checkpoint} on {result.data} ({result.images} {result.part} images), "
+        f"{options.precision} on {options.device}\n"
+    )
     width = max(len("class"), *map(len, result.classes))
     print(f"{'class':<{width}}  {'IoU %':>7}  {'acc. %':>7}  {'pixels':>12}")
     for name, row in zip(result.classes, result.by_class, strict=True):
@@ -143,7 +150,7 @@ def _detection(options: argparse.Namespace) -> None:
     )
     print(
         f"{options.checkpoint} on {result.data} ({result.images} images, at most {result.max_dets} detections each), "
-        f"{options.precision}\n"
+        f"{options.precision} on {options.device}\n"
     )
     columns = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "small", "APm": "medium", "APl": "large"}
     print(f"{'':<6}" + "".join(f"{name:>8}" for name in columns))

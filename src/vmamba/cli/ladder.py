@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .devices import add_device_argument
 from .tables import check_figure, check_writable, describe_conditions, name_files, print_table, write_csv
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ docs/analysis.md says what each rung computes. The exit status is 1 if the scan 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rungs", metavar="LIST", help="some of the rungs (default all)")
-    parser.add_argument("--device", default="auto", help="auto (the default: CUDA where there is one), cpu, cuda")
+    add_device_argument(parser, mps=False)
     parser.add_argument("--batch", type=int, metavar="N", help="images (default on CUDA 128, on the CPU 8)")
     parser.add_argument("--size", type=int, default=224, metavar="PX", help="height and width (default 224)")
     parser.add_argument("--dtype", help="as for `vmamba bench` (default on CUDA bf16, on the CPU fp32)")

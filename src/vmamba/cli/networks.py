@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .devices import add_device_argument
 from .tables import check_folder
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Network(NamedTuple):
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", action="store_true", help="models given by name get their released weights")
     parser.add_argument("--seed", type=int, default=0, help="of fresh weights (default 0)")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
+    add_device_argument(parser)
 
 
 def open_network(named: str, options: argparse.Namespace, size: int | None = None) -> Network:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from .devices import add_device_argument
+
 NAME = "predict"
 HELP = "classify image files with a trained model"
 EXAMPLES = """examples:
@@ -22,20 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=5, metavar="K")
     parser.add_argument("--json", action="store_true", help="print JSON: a list of {image, predictions}")
     parser.add_argument("--sheet", metavar="PNG", help="also draw the pictures with their predictions")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
+    add_device_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    from .._devices import choose_device
     from ..training import newest_run, predict_files
 
     if options.top_k < 1:
         raise ValueError(f"--top-k must be at least 1, not {options.top_k}")
+    device = choose_device(options.device)
     result = predict_files(
         options.checkpoint or newest_run("runs"),
         options.images,
         model_name=options.model,
         top_k=options.top_k,
-        device=options.device,
+        device=device,
         sheet=options.sheet,
     )
     if options.json:
@@ -50,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
             )
         )
         return
-    print(f"{result.model} from {result.checkpoint}")
+    print(f"{result.model} from {result.checkpoint}, on {device}")
     width = max(len(str(path)) for path, _ in result.predictions)
     for path, ranked in result.predictions:
         print(f"{path!s:<{width}}  " + "  ".join(f"{name} {100 * share:.1f} %" for name, share in ranked))

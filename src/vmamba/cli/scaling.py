@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .devices import add_device_argument
 from .tables import check_figure, check_writable, describe_conditions, name_files, print_table, write_csv
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help=f"height and width in pixels (default on CUDA {_listed(ON_CUDA)}; on the CPU {_listed(ON_CPU)})",
     )
-    parser.add_argument("--device", default="auto", help="auto (the default: CUDA where there is one), cpu, cuda")
+    add_device_argument(parser, mps=False)
     parser.add_argument("--batch", type=int, metavar="N", help="images at 224 px (default on CUDA 128, on the CPU 2)")
     parser.add_argument("--dtype", help="as for `vmamba bench` (default on CUDA bf16, on the CPU fp32)")
     parser.add_argument("--tf32", action="store_true", help="let fp32 products use TF32")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .devices import add_device_argument
+
 if TYPE_CHECKING:
     from ..tasks import SegmentationInference
 
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there already")
     add_inference_arguments(parser)
     parser.add_argument("--opacity", type=float, default=0.55, help="of the colours in the overlay (default 0.55)")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, mps")
+    add_device_argument(parser)
 
 
 def add_inference_arguments(parser: argparse._ActionsContainer) -> None:
@@ -78,8 +80,10 @@ def _is_a_run(checkpoint: str, about_of: Callable[[Path], object]) -> bool:
 
 
 def run(options: argparse.Namespace) -> None:
+    from .._devices import choose_device
     from ..training.segmented_files import segment_files
 
+    device = choose_device(options.device)
     results = segment_files(
         options.checkpoint,
         options.images,
@@ -88,9 +92,10 @@ def run(options: argparse.Namespace) -> None:
         classes=_read_names(options.classes) if options.classes else None,
         inference=inference_from(options, antialias=True),
         opacity=options.opacity,
-        device=options.device,
+        device=device,
         overwrite=options.overwrite,
     )
+    print(f"{options.checkpoint}, on {device}")
     for result in results:
         shares = "  ".join(f"{name} {100 * share:.1f} %" for _, name, share in result.classes[:8])
         more = f"  and {len(result.classes) - 8} more" if len(result.classes) > 8 else ""

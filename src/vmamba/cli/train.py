@@ -7,6 +7,8 @@ import shlex
 from functools import partial
 from typing import TYPE_CHECKING
 
+from .devices import add_device_argument
+
 if TYPE_CHECKING:
     from ..doctor.watchdog_callback import WatchdogCallback
     from ..training import Config
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, metavar="PX", help="height and width of the training images")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same result (default 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
+    add_device_argument(parser, default=None)
     parser.add_argument("--config", metavar="YAML", help="a config file, for example of an earlier run")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="change one config field; repeatable"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._devices import check_device
+from .._devices import choose_device
 from ..data import (
     AnnotatedImages,
     Category,
@@ -76,7 +76,7 @@ def evaluate_detection(
     max_dets: int | None = None,
     results: str | Path | None = None,
     workers: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: str = "fp32",
     on_finding: str = "skip",
     **options: Any,
@@ -96,7 +96,7 @@ def evaluate_detection(
     Raises:
         FileNotFoundError, ValueError: checkpoint, data or device are missing or do not fit together.
     """
-    check_device(device)
+    device = choose_device(device)
     if max_dets is not None:
         options["max_detections"] = max_dets
     model, categories, about = load_trained_detector(checkpoint, backbone, **options)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .._devices import check_device
+from .._devices import choose_device
 from ..data import evaluation_batches, list_images, open_labelled, open_source, read_image
 from ..data.sources import DIGITS, Samples
 from ..tasks import Classification
@@ -49,7 +49,7 @@ def evaluate_checkpoint(
     model_name: str | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     image_size: int | None = None,
     crop_pct: float | None = None,
     precision: str = "fp32",
@@ -61,7 +61,7 @@ def evaluate_checkpoint(
     Raises:
         FileNotFoundError, ValueError: checkpoint, data or device are missing or do not fit together.
     """
-    check_device(device)
+    device = choose_device(device)
     path = checkpoint_file(checkpoint)
     model, about = load_trained(path, model_name, task="classification")
     preprocessing = about.preprocessing.at(image_size, crop_pct)
@@ -79,7 +79,7 @@ def predict_files(
     *,
     model_name: str | None = None,
     top_k: int = 5,
-    device: str = "cpu",
+    device: str = "auto",
     sheet: str | Path | None = None,
 ) -> Predictions:
     """Classify image files, and the images directly in the folders, among ``images``; ``sheet`` is a PNG to draw.
@@ -87,7 +87,7 @@ def predict_files(
     Raises:
         FileNotFoundError, ValueError: checkpoint, device or an image are missing or damaged.
     """
-    check_device(device)
+    device = choose_device(device)
     files = list_images(images)
     path = checkpoint_file(checkpoint)
     model, about = load_trained(path, model_name, task="classification")

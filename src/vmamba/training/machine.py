@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .._devices import choose_device
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -26,7 +28,7 @@ def choose_machine(device: str, precision: str) -> Machine:
     """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if there[name])
+        device = choose_device(device)
     if not there[device]:
         raise ValueError(f"run.device={device}: this machine has only {', '.join(n for n, t in there.items() if t)}")
     if precision == "auto":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .._devices import check_device
+from .._devices import choose_device
 from ..data import list_images, read_image
 from ..data.segmentation import (
     ADE20K_CLASSES,
@@ -61,7 +61,7 @@ def segment_files(
     classes: Sequence[str] | None = None,
     inference: SegmentationInference | None = None,
     opacity: float = 0.55,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: bool = False,
 ) -> list[Segmented]:
     """Segment image files, and the images directly in the folders, among ``images``.
@@ -84,7 +84,7 @@ def segment_files(
     files = _apart(list_images(images))
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must lie between 0 and 1, not {opacity}")
-    check_device(device)
+    device = choose_device(device)
     out = Path(out)
     targets = {file: _targets(file, out) for file in files}
     if not overwrite:
@@ -117,7 +117,7 @@ def evaluate_segmentation(
     backbone: str | None = None,
     inference: SegmentationInference | None = None,
     workers: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     precision: str = "fp32",
 ) -> SegmentationResult:
     """Measure a checkpoint on the test images of a data set, or on its validation images where it has no others.
@@ -134,7 +134,7 @@ def evaluate_segmentation(
     Raises:
         FileNotFoundError, ValueError: checkpoint, data or device are missing or do not fit together; a file is damaged.
     """
-    check_device(device)
+    device = choose_device(device)
     model, about = load_segmenter(checkpoint, backbone)
     split = {}
     if data is None:
