@@ -40,7 +40,8 @@ def _fails(arguments, capsys) -> str:
 def test_writes_a_coco_file_and_a_picture_an_image(weights, make_coco, capsys, tmp_path, one_thread) -> None:
     images, file, _ = make_coco()
     main(["detect", str(images), "--checkpoint", weights, "--categories", str(file), "--out", "found", *QUICK])
-    lines = capsys.readouterr().out.splitlines()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == f"{weights}, on cpu"
     assert len(lines) == 4
     assert lines[-1] == "12 objects in 3 image(s): found/detections.json"
     found = json.loads((tmp_path / "found" / "detections.json").read_text())

@@ -53,7 +53,7 @@ def table(path):
 def test_erf_of_a_run_before_and_after_beside_another_model(trained, capsys):
     main(["erf", trained, "resnet18", "--images", "photos", "--before", "--image-size", "64"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("2 images")
+    assert lines[0].endswith("2 images, on cpu")
     assert [line.split(": ")[0] for line in lines[1:4]] == [
         "vmamba_nano, trained, stages.3",
         "resnet18, untrained, layer4",

@@ -33,7 +33,8 @@ def _fails(arguments, capsys) -> str:
 
 def test_it_writes_three_pictures_an_image_and_names_them(files, capsys, tmp_path) -> None:
     main(["segment", "--checkpoint", "c.safetensors", "--classes", "names.txt", "--short-side", "64", "photos"])
-    lines = capsys.readouterr().out.splitlines()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == "c.safetensors, on cpu"
     assert len(lines) == 8
     assert lines[0].startswith("photos/0.png  ")
     assert any(name in lines[0] for name in ("sky", "road", "car"))
