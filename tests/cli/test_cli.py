@@ -114,7 +114,7 @@ def test_eval_shows_what_is_published_beside_what_it_measures(released, make_pho
     command = "eval vssm1_tiny.pth --model vmamba_tiny_s1l8 --data imagenet --precision bf16"
     main(command.split())
     title, *rows = capsys.readouterr().out.splitlines()
-    assert title == "vssm1_tiny.pth on imagenet, bf16"
+    assert title == "vssm1_tiny.pth on imagenet, bf16 on cpu"
     names, measured, published = (re.split(r"  +", row.strip()) for row in rows)
     assert names == ["model", "images", "top-1 %", "top-5 %", "loss"]
     assert measured[:2] == ["vmamba_tiny_s1l8", "3"]
