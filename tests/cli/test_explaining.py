@@ -103,7 +103,7 @@ def test_fresh_weights_are_those_of_the_seed(photos, capsys):
 def test_attention_of_a_run(trained, photos, capsys):
     main(["attention", trained, "photos/0.png", "--pixel", "60", "10", "--short-side", "64", "--out", "deep/maps"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "photos/0.png, pixel 60 10, seen at 100 x 64 px"
+    assert lines[0] == "photos/0.png, pixel 60 10, seen at 100 x 64 px, on cpu"
     model, _ = load_trained(trained)
     last = [f"stages.{i}.blocks.{depth - 1}.ssm" for i, depth in enumerate(model.config.depths)]
     assert [line.split(":")[0].strip() for line in lines[1:5]] == last
@@ -138,7 +138,7 @@ def test_runs_of_other_tasks_are_refused(trained, capsys, command):
 def test_attention_of_bare_weights_in_one_layer(photos, capsys):
     save_checkpoint(timm.create_model("vmamba_nano"), "bare.safetensors")
     main(["attention", "vmamba_nano=bare.safetensors", "photos/1.png", "--layer", "stages.1.blocks.0"])
-    assert "photos/1.png, pixel 35 22, seen at 50 x 32 px" in capsys.readouterr().out
+    assert "photos/1.png, pixel 35 22, seen at 50 x 32 px, on cpu" in capsys.readouterr().out
     assert {row["layer"] for row in table("attention/1.csv")} == {"stages.1.blocks.0.ssm"}
 
 

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
         image = evaluation_transform(_squashed(whole))(picture)[None]
         place = ((y + 0.5) / picture.height, (x + 0.5) / picture.width)
         found = [layer_attention(model, image, layer, place) for layer in layers]
-        print(f"{file}, pixel {x} {y}, seen at {size[1]} x {size[0]} px")
+        print(f"{file}, pixel {x} {y}, seen at {size[1]} x {size[0]} px, on {device}")
         for layer in found:
             shares = "  ".join(
                 f"{row['route']} {100 * row['share']:.0f} %" for row in layer.table() if row["share"] is not None
