@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from vmamba import FeatureGetter, VMamba, from_official, load_checkpoint
-from vmamba.models.detection import MaskRCNN, mask_rcnn
+from vmamba.models.detection import MaskRCNN, mask_rcnn, parts
 from vmamba.models.detection.parts import (
     BoxDeltas,
     DetectionTransform,
@@ -184,6 +184,54 @@ def test_pasted_masks_are_the_bilinear_interpolation_at_pixel_centres() -> None:
         near = (sampled - 0.5).abs() < 1e-5
         assert torch.equal(ours | near, (sampled >= 0.5) | near)
         assert ours.any()
+
+
+def _pasted_one_by_one(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """What `paste_masks` promises, in numbers of one box, none of it shared between boxes."""
+    pasted = torch.zeros(len(masks), *size, dtype=torch.bool)
+    cells = torch.arange(masks.shape[-1], dtype=masks.dtype)
+    for canvas, mask, (x1, y1, x2, y2) in zip(pasted, masks, boxes.tolist(), strict=True):
+        if x2 <= x1 or y2 <= y1:
+            continue
+        weights, window = [], []
+        for low, high, side in ((y1, y2, size[0]), (x1, x2, size[1])):
+            start, stop = max(math.floor(low) - 1, 0), min(math.ceil(high) + 1, side)
+            pixels = torch.arange(start, max(start, stop), dtype=masks.dtype) + 0.5
+            positions = (pixels - low) * (len(cells) / (high - low)) - 0.5
+            weights.append((1 - (positions[:, None] - cells).abs()).clamp(min=0))
+            window.append(slice(start, max(start, stop)))
+        canvas[tuple(window)] = weights[0] @ mask @ weights[1].T >= 0.5
+    return pasted
+
+
+@pytest.mark.parametrize("paste", [parts._paste_boxes, parts._paste_everywhere], ids=["boxes", "everywhere"])
+def test_masks_pasted_together_are_those_pasted_one_by_one(paste, monkeypatch) -> None:
+    size = (61, 83)
+    monkeypatch.setattr(parts, "_PIXELS_TOGETHER", 7 * size[0] * size[1])
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(90, 2, generator=generator) * torch.tensor([83.0, 61.0])
+    boxes = torch.cat([corners, corners + 40 * torch.rand(90, 2, generator=generator)], dim=1)
+    boxes[:20] = boxes[:20].round()
+    boxes[20:30] += torch.tensor(
+        [-30.0, -30.0, 0.0, 0.0]
+    )  # beyond the image's upper left corner, others beyond the lower
+    boxes[30:40, 2:] = boxes[30:40, :2] + torch.rand(10, 2, generator=generator)  # less than a pixel
+    boxes[40, 2], boxes[41, 3], boxes[42] = boxes[40, 0], boxes[41, 1] - 3, boxes[42].flip(0)  # no area
+    boxes[43:47] = torch.tensor([[-9, -9, 99, 99], [90, 5, 99, 20], [5, -20, 20, -9], [0, 0, 83, 61]])
+    masks = torch.rand(90, 28, 28, generator=generator).sqrt()
+    masks[50:55], masks[55:60] = 0, 1
+    wanted = _pasted_one_by_one(masks, boxes, size)
+    filled = wanted.flatten(1).any(1)
+    assert filled[:20].all()
+    assert filled[20:40].any()
+    assert filled[43]
+    assert not filled[[40, 41, 44, 45, 50]].any()
+    pasted = torch.zeros_like(wanted)
+    paste(pasted, masks, boxes.double())
+    assert torch.equal(pasted, wanted)
+    paste(none := torch.zeros(0, *size, dtype=torch.bool), masks[:0], boxes[:0].double())
+    assert none.shape == (0, *size)
+    assert torch.equal(paste_masks(masks, boxes, size), wanted)
 
 
 def test_mask_targets_are_the_mask_inside_the_box() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from vmamba.data import Category, coco_categories, decode_segmentation, read_coco
 from vmamba.tasks import average_precision, box_results, mask_results, read_results, write_results
+from vmamba.tasks.average_precision import _runs_everywhere, _runs_in_parts
 
 pytest.importorskip("faster_coco_eval", reason="average precision needs faster-coco-eval: pip install 'vmamba[det]'")
 
@@ -211,9 +212,8 @@ def test_mistakes_are_named(make_coco, tmp_path) -> None:
         average_precision(file, tmp_path / "r.json")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (7, 5), (40, 64)])
-def test_masks_are_encoded_as_by_cocos_own_encoder(size) -> None:
-    library = pytest.importorskip("faster_coco_eval.core.mask")
+def _masks_of_all_kinds(size: tuple[int, int]) -> torch.Tensor:
+    """(N, 1, H, W) bool: nothing, everything, noise, and parts that touch the image's sides."""
     generator = torch.Generator().manual_seed(0)
     masks = [torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)]
     for share in (0.05, 0.5, 0.95):
@@ -221,7 +221,16 @@ def test_masks_are_encoded_as_by_cocos_own_encoder(size) -> None:
         patch = torch.zeros(size, dtype=torch.bool)
         patch[size[0] // 3 :, size[1] // 2 :] = True  # to the bottom, but not from the top
         masks += [patch, patch.flip(0), patch & masks[2]]
-    masks = torch.stack(masks)[:, None]
+    return torch.stack([*masks, masks[0]])[:, None]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (7, 5), (40, 64)])
+@pytest.mark.parametrize("runs_of", [_runs_in_parts, _runs_everywhere])
+def test_masks_are_encoded_as_by_cocos_own_encoder(size, runs_of, monkeypatch) -> None:
+    library = pytest.importorskip("faster_coco_eval.core.mask")
+    monkeypatch.setitem(mask_results.__globals__, "_runs_in_parts", runs_of)
+    monkeypatch.setitem(mask_results.__globals__, "_PIXELS_TOGETHER", 4 * size[0] * size[1])
+    masks = _masks_of_all_kinds(size)
     count = len(masks)
     found = {"masks": masks, "labels": torch.ones(count, dtype=torch.int64), "scores": torch.rand(count)}
     results = mask_results(found, 3, (Category(1, "thing"),))
@@ -230,3 +239,12 @@ def test_masks_are_encoded_as_by_cocos_own_encoder(size) -> None:
         assert result["segmentation"] == {"size": list(size), "counts": wanted["counts"].decode()}
     nothing = {"masks": masks[:0], "labels": torch.ones(0, dtype=torch.int64), "scores": torch.rand(0)}
     assert mask_results(nothing, 3, (Category(1, "thing"),)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_masks_on_a_gpu_are_encoded_as_on_the_cpu() -> None:
+    masks = _masks_of_all_kinds((40, 64))
+    found = {"labels": torch.ones(len(masks), dtype=torch.int64), "scores": torch.rand(len(masks))}
+    here, there = (mask_results(found | {"masks": part}, 3, (Category(1, "thing"),)) for part in (masks, masks.cuda()))
+    assert here == there
