@@ -14,7 +14,6 @@ from vmamba.data import (
     detection_evaluation_transform,
     detection_training_transform,
 )
-from vmamba.data.detection import pack_masks, unpack_masks
 
 pytest.importorskip("faster_coco_eval", reason="COCO masks need faster-coco-eval: pip install 'vmamba[det]'")
 
@@ -115,11 +114,3 @@ def test_the_recipes_sizes() -> None:
 def test_what_cannot_be_is_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         DetectionAugmentation(**options)
-
-
-@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 8, 8), (0, 6, 4), (2, 1, 3)])
-def test_masks_survive_packing(shape) -> None:
-    masks = torch.rand(shape) < 0.5
-    packed = pack_masks(masks)
-    assert packed.bits.nbytes == shape[0] * -(-shape[1] * shape[2] // 8)
-    assert torch.equal(unpack_masks(packed), masks)

@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vmamba.data import CocoDataset, collate_detection, detection_evaluation_transform
-from vmamba.data.detection import collate_packed
 from vmamba.models.detection import mask_rcnn
 from vmamba.tasks import Detection
 
@@ -89,9 +88,9 @@ def test_packed_masks_give_the_same_loss(make_coco, one_thread) -> None:
     task = Detection(dataset.coco, dataset.categories)
     detector = mask_rcnn("vmamba_nano", 2, channels=8, fc_channels=8, min_size=48, max_size=64).train()
     losses = []
-    for collate in (collate_detection, collate_packed):
+    for part in (dataset, dataset.with_packed_masks()):
         torch.manual_seed(0)
-        losses.append(task.training_loss(detector, collate([dataset[0], dataset[1]])))
+        losses.append(task.training_loss(detector, collate_detection([part[0], part[1]])))
     assert torch.equal(*losses)
 
 

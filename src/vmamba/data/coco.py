@@ -28,6 +28,7 @@ from torchvision import tv_tensors
 from .._extras import require
 from .decoded import DecodedImages
 from .findings import Finding
+from .packed_masks import PackedMasks, pack_run_lengths, unpack_masks
 from .reading import DAMAGE, read_image, reason_of
 
 __all__ = [
@@ -182,6 +183,7 @@ class CocoDataset(Dataset):
         self.coco = coco
         self.categories = tuple(coco.categories if categories is None else categories)
         self.masks = coco.has_masks if masks is None else masks
+        self.packed = False
         self.transform = transform
         if self.masks and not coco.has_masks:
             raise ValueError(f"{coco.file} has no segmentations: set masks=False to train on boxes alone")
@@ -221,6 +223,15 @@ class CocoDataset(Dataset):
         """The same items without masks: evaluation takes them from the annotations."""
         other = copy.copy(self)
         other.masks = False
+        return other
+
+    def with_packed_masks(self) -> CocoDataset:
+        """The same items, for the detection task: in the place of `masks` targets have `packed_masks`.
+
+        They are :class:`~.packed_masks.PackedMasks` (ceil(N / 8), H, W) uint8.
+        """
+        other = copy.copy(self)
+        other.packed = True
         return other
 
     def load(self) -> None:
@@ -264,9 +275,11 @@ class CocoDataset(Dataset):
             "image_id": torch.tensor(image_id),
         }
         if self.masks:
-            decoded = [decode_segmentation(entry["segmentation"], size) for entry in objects]
-            stacked = torch.stack(decoded) if decoded else torch.zeros(0, *size, dtype=torch.bool)
-            target["masks"] = tv_tensors.Mask(stacked)
+            planes = pack_run_lengths([segmentation_run_lengths(one["segmentation"], size) for one in objects], size)
+            if self.packed:
+                target["packed_masks"] = PackedMasks(planes)
+            else:
+                target["masks"] = tv_tensors.Mask(unpack_masks(planes, len(objects)))
         return target
 
 

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from .packed_masks import PackedMasks, pack_masks, unpack_masks
 
 __all__ = [
     "MULTI_SCALE_CROPS",
     "MULTI_SCALE_SIZES",
     "DetectionAugmentation",
-    "PackedMasks",
     "collate_detection",
-    "collate_packed",
     "detection_evaluation_transform",
     "detection_training_transform",
-    "pack_masks",
-    "unpack_masks",
 ]
 
 Target = dict[str, Tensor]
@@ -83,6 +81,16 @@ class RandomWindow(v2.Transform):
         return int(torch.randint(low, high + 1, ()))
 
 
+class LostObjects(v2.SanitizeBoundingBoxes):
+    """Leaves out objects whose boxes have no area, with their labels and masks, packed or not."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, PackedMasks):
+            return super().transform(inpt, params)
+        masks = unpack_masks(inpt.as_subclass(Tensor), len(params["valid"]))
+        return tv_tensors.wrap(pack_masks(masks[params["valid"]]), like=inpt)
+
+
 def detection_training_transform(augmentation: DetectionAugmentation = DetectionAugmentation()) -> v2.Transform:
     """(image, target) as a `CocoDataset` gives them -> image (3, H, W) fp32 in [0, 1], target, both plain tensors.
 
@@ -92,7 +100,7 @@ def detection_training_transform(augmentation: DetectionAugmentation = Detection
     if augmentation.crop:
         resize = v2.RandomShortestSize(list(augmentation.crop_resize), augmentation.crop_max, antialias=False)
         steps.append(v2.RandomApply([resize, RandomWindow(*augmentation.crop_sides)], augmentation.crop))
-        steps.append(v2.SanitizeBoundingBoxes())
+        steps.append(LostObjects())
     return v2.Compose([*steps, *_to_tensors()])
 
 
@@ -105,38 +113,6 @@ def collate_detection(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tens
     """(image, target) pairs -> (images, targets) for a detector: images differ in size, so nothing is stacked."""
     images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
-
-
-class PackedMasks(NamedTuple):
-    """Masks (N, H, W) as bits (N, ceil(H * W / 8)) uint8, the highest bit first, with their ``size`` (H, W).
-
-    Between processes and on the way to a GPU an eighth: 375 cells in 1024 x 1024 pixels are 390 MB as bools.
-    """
-
-    bits: Tensor
-    size: tuple[int, int]
-
-
-def pack_masks(masks: Tensor) -> PackedMasks:
-    """Masks (N, H, W) bool on the CPU as bits."""
-    bits = np.packbits(masks.flatten(1).numpy(), axis=1)
-    return PackedMasks(torch.from_numpy(bits), tuple(masks.shape[1:]))
-
-
-def unpack_masks(packed: PackedMasks) -> Tensor:
-    """The masks (N, H, W) bool again, where the bits are."""
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.bits.device)
-    flat = ((packed.bits[..., None] >> shifts) & 1).flatten(1).bool()
-    height, width = packed.size
-    return flat[:, : height * width].unflatten(1, (height, width))
-
-
-def collate_packed(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """As :func:`collate_detection`, the masks as :class:`PackedMasks`, which the detection task unpacks."""
-    images, targets = collate_detection(batch)
-    return images, [
-        target | {"masks": pack_masks(target["masks"])} if "masks" in target else target for target in targets
-    ]
 
 
 def _to_tensors() -> list[v2.Transform]:

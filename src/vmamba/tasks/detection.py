@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..data import Category, CocoAnnotations
-from ..data.detection import PackedMasks, unpack_masks
+from ..data.packed_masks import unpack_masks
 from .average_precision import AveragePrecision, average_precision, box_results, mask_results
 from .task import Chart
 
@@ -76,7 +76,9 @@ class DetectionScores:
 
 @dataclass(frozen=True)
 class Detection:
-    """The task: batches are (images, targets) as :func:`vmamba.data.collate_detection` makes them, masks packed or not.
+    """The task: batches are (images, targets) as :func:`vmamba.data.collate_detection` makes them.
+
+    Training takes masks packed, too: see :meth:`~vmamba.data.CocoDataset.with_packed_masks`.
 
     Attributes:
         ground_truth: the annotations that scores are measured against.
@@ -125,8 +127,8 @@ class Detection:
         """The sum of the detector's losses: objectness and boxes of proposals, classes, boxes and masks of regions."""
         images, targets = batch
         targets = [
-            target | {"masks": unpack_masks(target["masks"])}
-            if isinstance(target.get("masks"), PackedMasks)
+            target | {"masks": unpack_masks(target["packed_masks"], len(target["labels"]))}
+            if "packed_masks" in target
             else target
             for target in targets
         ]

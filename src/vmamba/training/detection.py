@@ -17,7 +17,6 @@ from ..data import (
     open_detection,
     read_image,
 )
-from ..data.detection import collate_packed
 from ..data.loading import ordered_loader, resumable_loader
 from ..pictures import draw_detections
 from ..tasks import Detection, DetectionScores, detect, write_results
@@ -106,12 +105,12 @@ class DetectionJob(Job):
 
     def training_batches(self, share: Share, device: str, workers: int | None = None) -> Any:
         return resumable_loader(
-            self.parts["train"],
+            self.parts["train"].with_packed_masks() if self.masks else self.parts["train"],
             seed=self.config.run.seed,
             accumulate=self.config.run.accumulate,
             steps=self.config.schedule.steps_per_round,
             workers=self.config.data.workers if workers is None else workers,
-            collate=collate_packed,
+            collate=collate_detection,
             **vars(share),
         )
 
