@@ -33,7 +33,7 @@ def pack_masks(masks: Tensor) -> Tensor:
 def unpack_masks(planes: Tensor, count: int) -> Tensor:
     """The masks (count, H, W) bool of planes, where these are."""
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=planes.device)[:, None, None]
-    return ((planes[:, None] >> shifts) & 1).flatten(0, 1)[:count].bool()
+    return ((planes[:, None] >> shifts) & 1).flatten(0, 1)[:count].view(torch.bool)
 
 
 def pack_run_lengths(runs: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Tensor:

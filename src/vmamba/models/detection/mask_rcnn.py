@@ -91,9 +91,19 @@ class MaskRCNN(GeneralizedRCNN):
         return self.roi_heads.has_mask()
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None):
+        """As torchvision's, but nothing waits for a GPU before the backbone's kernels are on their way to it."""
         if self.training:
-            self._check_targets(targets, len(images))
-        return super().forward(images, targets)
+            self._check_parts(targets, len(images))
+        original_sizes = [tuple(image.shape[-2:]) for image in images]
+        batch, resized = self.transform(images, targets)
+        features = self.backbone(batch.tensors)
+        if self.training:
+            self._check_values(targets)
+        proposals, proposal_losses = self.rpn(batch, features, resized)
+        found, losses = self.roi_heads(features, proposals, batch.image_sizes, resized)
+        if self.training:
+            return losses | proposal_losses
+        return self.transform.postprocess(found, batch.image_sizes, original_sizes)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -105,7 +115,7 @@ class MaskRCNN(GeneralizedRCNN):
         """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
         self.backbone.body.set_grad_checkpointing(enable)
 
-    def _check_targets(self, targets: Sequence[Mapping[str, Tensor]] | None, images: int) -> None:
+    def _check_parts(self, targets: Sequence[Mapping[str, Tensor]] | None, images: int) -> None:
         if targets is None or len(targets) != images:
             raise ValueError(f"training needs a target for every image: {images} images, {len(targets or ())} targets")
         needed = {"boxes", "labels"} | ({"masks"} if self.has_masks else set())
@@ -113,6 +123,14 @@ class MaskRCNN(GeneralizedRCNN):
             if missing := sorted(needed - set(target)):
                 hint = ": without masks, build the detector with masks=False" if missing == ["masks"] else ""
                 raise ValueError(f"target {i} has no {', '.join(missing)}{hint}")
+
+    def _check_values(self, targets: Sequence[Mapping[str, Tensor]]) -> None:
+        every_box, every_label = (torch.cat([target[name] for target in targets]) for name in ("boxes", "labels"))
+        # one wait for a GPU, where each target by itself took three
+        wrong = (every_box[:, 2:] <= every_box[:, :2]).any(dim=1) | (every_label < 1) | (every_label > self.classes)
+        if not wrong.any():
+            return
+        for i, target in enumerate(targets):
             boxes, labels = target["boxes"], target["labels"]
             if (flat := (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)).any():
                 raise ValueError(f"target {i} has a box without an area: {boxes[flat][0].tolist()} (x1 y1 x2 y2)")

@@ -11,6 +11,7 @@ roundings https://github.com/open-mmlab/mmdetection.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class BoxDeltas(BoxCoder):
     """Offsets of a box against another; a side shrinks or grows at most 62.5-fold. torchvision bounds growth only."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        least = -self.bbox_xform_clip * torch.tensor(self.weights[2:], dtype=rel_codes.dtype, device=rel_codes.device)
+        least = -self.bbox_xform_clip * _constant(tuple(self.weights[2:]), rel_codes.dtype, rel_codes.device)
         codes = rel_codes.unflatten(1, (-1, 4))
         codes = torch.cat([codes[..., :2], codes[..., 2:].maximum(least)], dim=-1)
         return super().decode_single(codes.flatten(1), boxes)
@@ -303,6 +304,11 @@ class DetectionTransform(GeneralizedRCNNTransform):
     evaluation takes the last.
     """
 
+    def normalize(self, image: Tensor) -> Tensor:
+        # torchvision makes both tensors for every image, and a GPU is waited for to take them
+        mean, std = (_constant(tuple(v), image.dtype, image.device) for v in (self.image_mean, self.image_std))
+        return (image - mean[:, None, None]) / std[:, None, None]
+
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None):
         short = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
         before = tuple(image.shape[-2:])
@@ -315,7 +321,8 @@ class DetectionTransform(GeneralizedRCNNTransform):
             target["boxes"] = resize_boxes(target["boxes"], before, size)
             if "masks" in target:
                 # an interpolation of bool does not exist, one of no masks is an error
-                masks = target["masks"].to(torch.uint8)
+                masks = target["masks"]
+                masks = masks.view(torch.uint8) if masks.dtype == torch.bool else masks.to(torch.uint8)
                 target["masks"] = F.interpolate(masks[None], size=size)[0] if len(masks) else masks.new_zeros(0, *size)
         return image, target
 
@@ -407,6 +414,13 @@ def _hat_weights(pixels: Tensor, low: Tensor, high: Tensor, masks: Tensor) -> Te
     scale = (len(cells) / (high - low).clamp(min=0)).to(masks.dtype)
     positions = (pixels.to(masks.dtype) + 0.5 - low.to(masks.dtype)[:, None]) * scale[:, None] - 0.5
     return (1 - (positions[..., None] - cells).abs()).clamp(min=0)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that is made once: moving it to a GPU would wait until that has nothing else to do."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _full_precision(x: Tensor) -> Tensor:
