@@ -110,6 +110,17 @@ def test_loss_is_the_mean_over_labelled_pixels() -> None:
     assert (scores.grad == 0).all()
 
 
+def test_weighted_loss_is_the_weighted_mean() -> None:
+    scores, masks = _random(5, 5, 0.4)
+    weights = torch.tensor([1.0, 2.0, 0.5, 10.0, 3.0])
+    expected = F.cross_entropy(scores, masks, weights, ignore_index=IGNORED)
+    torch.testing.assert_close(pixel_cross_entropy(scores, masks, weights), expected)
+    assert pixel_cross_entropy(scores, torch.full_like(masks, IGNORED), weights) == 0
+    batch = (torch.zeros(3, 3, 17, 23), masks)
+    task = Segmentation(5, 0.0, class_weights=tuple(weights.tolist()))
+    torch.testing.assert_close(task.training_loss(Given((scores, scores)), batch), expected)
+
+
 def test_scores_of_another_size_are_resized() -> None:
     scores, masks = _random(5, 5, 0.4)
     small = F.avg_pool2d(scores, 4)
@@ -167,7 +178,12 @@ def test_a_upernet_learns_a_picture_by_heart(one_thread) -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"classes": 1}, "at least two classes"), ({"classes": 3, "auxiliary_weight": -1.0}, "auxiliary_weight")],
+    [
+        ({"classes": 1}, "at least two classes"),
+        ({"classes": 3, "auxiliary_weight": -1.0}, "auxiliary_weight"),
+        ({"classes": 3, "class_weights": (1.0, 2.0)}, "3 positive numbers"),
+        ({"classes": 2, "class_weights": (1.0, 0.0)}, "2 positive numbers"),
+    ],
 )
 def test_values_out_of_range(values, message) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """Segmentation on the engine: whole runs on a street of a few tiny pictures, resumed, evaluated, used."""
 
 import csv
+import math
 import os
 import re
 import subprocess
@@ -13,11 +14,12 @@ import torch
 from PIL import Image
 
 from vmamba.cli import main
-from vmamba.data.segmentation import find_segmentation, read_index_mask
+from vmamba.data.segmentation import class_shares, find_segmentation, read_index_mask
 from vmamba.models import save_checkpoint
 from vmamba.tasks import Segmentation
 from vmamba.training import load_trained, read_checkpoint, resolve, resume, train
 from vmamba.training.config import as_dict, from_dict, read_yaml, to_yaml
+from vmamba.training.segmentation import SegmentationJob
 from vmamba.training.segmented_files import evaluate_segmentation
 
 NAMES = ("sky", "road", "car")
@@ -92,6 +94,15 @@ def assert_same_run(one, other):
         assert first["model"].keys() == second["model"].keys()
         for key, tensor in first["model"].items():
             assert torch.equal(tensor, second["model"][key]), key
+
+
+def test_balanced_classes_count_by_how_rare_they_are(street_config):
+    config = street_config(segmentation={"class_weights": "balanced"})
+    weights = SegmentationJob(config).task.class_weights
+    shares = class_shares(SegmentationJob(config).files["train"])
+    assert weights == pytest.approx([1 / math.log(1.02 + share) for share in shares])
+    assert weights[NAMES.index("car")] == max(weights) > 4
+    assert SegmentationJob(street_config()).task.class_weights is None
 
 
 def test_it_learns_and_leaves_a_whole_run_directory(finished, street):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -27,17 +28,22 @@ __all__ = [
 Batch = tuple[Tensor, Tensor]
 
 
-def pixel_cross_entropy(scores: Tensor, masks: Tensor) -> Tensor:
+def pixel_cross_entropy(scores: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean cross-entropy over the labelled pixels; 0 where there are none.
 
     Args:
         scores: (B, classes, h, w); resized bilinearly where the masks have another size.
         masks: (B, H, W) int64, `IGNORED` (255) for no label.
+        weights: (classes,) fp32, what a pixel of each class counts in the mean; None: all count the same.
     """
     if scores.shape[2:] != masks.shape[1:]:
         scores = F.interpolate(scores, size=masks.shape[1:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(scores.float(), masks, ignore_index=IGNORED, reduction="sum")
-    return total / (masks != IGNORED).sum().clamp(min=1)
+    total = F.cross_entropy(scores.float(), masks, weights, ignore_index=IGNORED, reduction="sum")
+    labelled = masks != IGNORED
+    if weights is None:
+        return total / labelled.sum().clamp(min=1)
+    counted = weights[masks.where(labelled, 0)].where(labelled, 0.0).sum()
+    return total / counted.clamp(min=weights.min())
 
 
 def pixel_confusion(masks: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -110,15 +116,17 @@ class Segmentation:
     """The task, for ``classes`` classes.
 
     The model gives scores (B, classes, h, w), or in training a pair with those of an auxiliary head, whose loss counts
-    ``auxiliary_weight``. ``inference``: how images are looked at in evaluation.
+    ``auxiliary_weight``. ``inference``: how images are looked at in evaluation. ``class_weights``: what a pixel of each
+    class counts in the losses of training; None: all count the same.
 
     Raises:
-        ValueError: fewer than two classes or a negative weight.
+        ValueError: fewer than two classes, a negative weight, or not a positive weight for every class.
     """
 
     classes: int
     auxiliary_weight: float = 0.4
     inference: SegmentationInference | None = None
+    class_weights: tuple[float, ...] | None = None
 
     metric: ClassVar[str] = "miou"
     figures: ClassVar[Mapping[str, str]] = {"miou": "mean IoU", "macc": "mean accuracy", "accuracy": "pixel accuracy"}
@@ -134,15 +142,25 @@ class Segmentation:
             raise ValueError(f"segmentation needs at least two classes, not {self.classes}")
         if self.auxiliary_weight < 0:
             raise ValueError(f"auxiliary_weight must not be negative, not {self.auxiliary_weight}")
+        weights = self.class_weights
+        if weights is not None and (len(weights) != self.classes or min(weights) <= 0):
+            raise ValueError(f"class_weights must be {self.classes} positive numbers, not {weights}")
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy of both heads; images (B, 3, H, W), masks (B, H, W) int64."""
         images, masks = batch
+        weights = None if self.class_weights is None else _on_device(self.class_weights, masks.device)
         scores = model(images)
         if isinstance(scores, Tensor):
-            return pixel_cross_entropy(scores, masks)
-        main, auxiliary = scores
-        return pixel_cross_entropy(main, masks) + self.auxiliary_weight * pixel_cross_entropy(auxiliary, masks)
+            return pixel_cross_entropy(scores, masks, weights)
+        main, auxiliary = (pixel_cross_entropy(each, masks, weights) for each in scores)
+        return main + self.auxiliary_weight * auxiliary
 
     def scores(self) -> SegmentationScores:
         return SegmentationScores(self.classes, self.inference)
+
+
+@lru_cache(maxsize=8)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A tensor that is made once: a GPU would be waited for at every step to take it."""
+    return torch.tensor(values, device=device)

@@ -83,7 +83,9 @@ class SegmentationConfig:
     """A UPerNet and how it is trained and looked at images with; the defaults are the published ones for ADE20K.
 
     ``channels``, ``auxiliary_channels``, ``dropout`` and ``out_norm``: see :func:`vmamba.create_upernet`.
-    ``auxiliary_weight`` is the share of the auxiliary head's loss.
+    ``auxiliary_weight`` is the share of the auxiliary head's loss. ``class_weights``: "equal", a pixel counts in the
+    loss whatever its class; "balanced", 1 / ln(1.02 + the class's share of the labelled training pixels) (Paszke et
+    al., 2016, arXiv 1606.02147): 1.4 for a class that is everywhere, 50 for one that is hardly anywhere.
     """
 
     channels: int = 512
@@ -91,6 +93,7 @@ class SegmentationConfig:
     dropout: float = 0.1
     out_norm: bool = True
     auxiliary_weight: float = 0.4
+    class_weights: Literal["equal", "balanced"] = "equal"
     augment: SegmentationAugmentation = field(default_factory=SegmentationAugmentation)
     inference: SegmentationInference = ADE20K_SINGLE_SCALE
 

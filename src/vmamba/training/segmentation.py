@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -16,6 +17,7 @@ from ..data.segmentation import (
     MaskedImages,
     MasksInMemory,
     TransformedMasks,
+    class_shares,
     open_segmentation,
     segmentation_evaluation_transform,
     segmentation_training_transform,
@@ -48,7 +50,10 @@ class SegmentationJob(Job):
             name: without_unusable(samples, data.on_unreadable) for name, samples in found.items() if samples
         }
         self.parts = self.files
-        self.task = Segmentation(len(splits.classes), chosen.auxiliary_weight, chosen.inference)
+        weights = None
+        if chosen.class_weights == "balanced":
+            weights = tuple((1 / np.log(1.02 + class_shares(self.files["train"]))).tolist())
+        self.task = Segmentation(len(splits.classes), chosen.auxiliary_weight, chosen.inference, weights)
         self.network = self.network_for(config, len(splits.classes))
         self._decoded: dict[str, MasksInMemory] = {}
 

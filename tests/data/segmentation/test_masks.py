@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vmamba.data.segmentation import ADE20K_CLASSES, IGNORED, LabelMap, MaskedImages, read_index_mask
+from vmamba.data.segmentation import ADE20K_CLASSES, IGNORED, LabelMap, MaskedImages, class_shares, read_index_mask
 
 NUMBERS = np.array([[0, 1, 2], [150, 3, 255]], dtype=np.uint8)
 
@@ -79,3 +79,16 @@ def test_unknown_labels_and_other_sizes_name_the_file(tmp_path) -> None:
 def test_ade20k_has_its_150_classes() -> None:
     assert len(ADE20K_CLASSES) == len(set(ADE20K_CLASSES)) == 150
     assert [ADE20K_CLASSES[i] for i in (0, 2, 12, 44, 149)] == ["wall", "sky", "person", "chest of drawers", "flag"]
+
+
+def test_shares_of_classes_are_of_labelled_pixels(tmp_path) -> None:
+    labels = LabelMap((0, 7, 9), ignored=(255,))
+    files = []
+    for i, numbers in enumerate(([[0, 0, 7], [255, 255, 0]], [[7, 255, 255], [255, 255, 255]])):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(np.array(numbers, dtype=np.uint8)).save(files[-1])
+    samples = MaskedImages(("a", "b", "c"), labels, tuple(files), tuple(files))
+    assert class_shares(samples).tolist() == [3 / 5, 2 / 5, 0]
+    Image.fromarray(np.full((2, 3), 255, dtype=np.uint8)).save(files[0])
+    with pytest.raises(ValueError, match="none of the 1 masks has a labelled pixel"):
+        class_shares(samples.subset([0]))

@@ -3,7 +3,7 @@
 from ..findings import Finding
 from .check import check_segmentation, without_unusable
 from .classes import ADE20K_CLASSES, CAMVID_CLASSES
-from .masks import IGNORED, LabelMap, MaskedImages, MasksInMemory, read_index_mask
+from .masks import IGNORED, LabelMap, MaskedImages, MasksInMemory, class_shares, read_index_mask
 from .sources import Part, SegmentationSource, SegmentationSplits, find_segmentation, open_segmentation
 from .transforms import (
     SegmentationAugmentation,
@@ -27,6 +27,7 @@ __all__ = [
     "SegmentationSplits",
     "TransformedMasks",
     "check_segmentation",
+    "class_shares",
     "find_segmentation",
     "fitted_size",
     "open_segmentation",

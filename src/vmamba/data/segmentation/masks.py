@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,24 @@ class MasksInMemory:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self._pairs[index]
         return pair[:3], pair[3]
+
+
+def class_shares(samples: MaskedImages) -> np.ndarray:
+    """The share that each class has of all labelled pixels, (classes,) fp64.
+
+    Raises:
+        ValueError: a mask is damaged, naming the file, or no pixel is labelled.
+    """
+    with ThreadPoolExecutor() as pool:
+        counts = sum(pool.map(partial(_class_counts, samples.labels, len(samples.classes)), samples.masks))
+    if not counts.sum():
+        raise ValueError(f"none of the {len(samples)} masks has a labelled pixel")
+    return counts / counts.sum()
+
+
+def _class_counts(labels: LabelMap, classes: int, path: Path) -> np.ndarray:
+    found = labels.apply(read_index_mask(path))
+    return np.bincount(found[found != IGNORED], minlength=classes)
 
 
 def _size_of(path: Path) -> tuple[int, int]:
