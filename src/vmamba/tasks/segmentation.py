@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._devices import constant
 from ..data.segmentation import IGNORED
 from .classification import confusion_matrix
 from .segmentation_inference import SegmentationInference, class_scores
@@ -149,7 +149,9 @@ class Segmentation:
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy of both heads; images (B, 3, H, W), masks (B, H, W) int64."""
         images, masks = batch
-        weights = None if self.class_weights is None else _on_device(self.class_weights, masks.device)
+        weights = None
+        if self.class_weights is not None:
+            weights = constant(self.class_weights, torch.float32, masks.device)
         scores = model(images)
         if isinstance(scores, Tensor):
             return pixel_cross_entropy(scores, masks, weights)
@@ -158,9 +160,3 @@ class Segmentation:
 
     def scores(self) -> SegmentationScores:
         return SegmentationScores(self.classes, self.inference)
-
-
-@lru_cache(maxsize=8)
-def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A tensor that is made once: a GPU would be waited for at every step to take it."""
-    return torch.tensor(values, device=device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._devices import choose_device
+from .._devices import choose_device, devices_here
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ def choose_machine(device: str, precision: str) -> Machine:
     Raises:
         ValueError: the device asked for is not there.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = devices_here()
     if device == "auto":
         device = choose_device(device)
-    if not there[device]:
-        raise ValueError(f"run.device={device}: this machine has only {', '.join(n for n, t in there.items() if t)}")
+    if device not in there:
+        raise ValueError(f"run.device={device}: this machine has only {', '.join(reversed(there))}")
     if precision == "auto":
         has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "fp32"

@@ -11,7 +11,6 @@ roundings https://github.com/open-mmlab/mmdetection.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import batched_nms, box_area, box_iou, clip_boxes_to_image, roi_align
+
+from ..._devices import constant
 
 __all__ = [
     "DetectionTransform",
@@ -98,7 +99,7 @@ class BoxDeltas(BoxCoder):
     """Offsets of a box against another; a side shrinks or grows at most 62.5-fold. torchvision bounds growth only."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        least = -self.bbox_xform_clip * _constant(tuple(self.weights[2:]), rel_codes.dtype, rel_codes.device)
+        least = -self.bbox_xform_clip * constant(tuple(self.weights[2:]), rel_codes.dtype, rel_codes.device)
         codes = rel_codes.unflatten(1, (-1, 4))
         codes = torch.cat([codes[..., :2], codes[..., 2:].maximum(least)], dim=-1)
         return super().decode_single(codes.flatten(1), boxes)
@@ -306,7 +307,7 @@ class DetectionTransform(GeneralizedRCNNTransform):
 
     def normalize(self, image: Tensor) -> Tensor:
         # torchvision makes both tensors for every image, and a GPU is waited for to take them
-        mean, std = (_constant(tuple(v), image.dtype, image.device) for v in (self.image_mean, self.image_std))
+        mean, std = (constant(tuple(v), image.dtype, image.device) for v in (self.image_mean, self.image_std))
         return (image - mean[:, None, None]) / std[:, None, None]
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None):
@@ -414,13 +415,6 @@ def _hat_weights(pixels: Tensor, low: Tensor, high: Tensor, masks: Tensor) -> Te
     scale = (len(cells) / (high - low).clamp(min=0)).to(masks.dtype)
     positions = (pixels.to(masks.dtype) + 0.5 - low.to(masks.dtype)[:, None]) * scale[:, None] - 0.5
     return (1 - (positions[..., None] - cells).abs()).clamp(min=0)
-
-
-@lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that is made once: moving it to a GPU would wait until that has nothing else to do."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _full_precision(x: Tensor) -> Tensor:
